@@ -1,0 +1,33 @@
+# make demo: everything on the built-in competition. make test: the checks. make run PROFILE=...: the real thing.
+PYTHON ?= python3
+PROFILE ?= profiles/demo.yaml
+ARGS ?=
+INSTALLED := .venv/.installed
+BIN := .venv/bin
+
+.PHONY: demo test lab run setup clean
+
+demo: $(INSTALLED)
+	@$(BIN)/carvana run profiles/demo.yaml $(ARGS)
+
+run: $(INSTALLED)
+	@$(BIN)/carvana run $(PROFILE) $(ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/nbstripout --verify notebooks/*.ipynb
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: $(INSTALLED)
+	@$(BIN)/jupyter lab notebooks
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,123 @@
+"""Files that are never half-written, fingerprints of what a result depends on, and the error that a user sees."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """What a user can mend: one line that says what is wrong, in which file or parameter, and what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Jupyter shows this instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed.
+
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}. Free space or choose another folder.") from error
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, indented so that a person can read it, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; UserError where the file is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def fingerprint(*values: Any) -> str:
+    """Sixteen hex digits that change when any of the JSON-like values (or paths, by their text) changes."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256(path: str | Path) -> str:
+    """Hash of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(path: str | Path) -> list:
+    """Name, size and time of a file or of each file right in a folder: cheap to compare, no contents read."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return [(file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()]
+
+
+def project_root() -> Path:
+    """The nearest folder upwards from the working directory that holds `notebooks/`, else the working directory."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "notebooks").is_dir()), here)
+
+
+def resolve(path: str | Path) -> Path:
+    """An absolute path; relative ones start at `project_root()`, in Jupyter and under papermill alike."""
+    return project_root() / Path(path).expanduser()
+
+
+def need_space(folder: str | Path, size: int) -> None:
+    """Raise UserError unless the disk that holds `folder` has `size` bytes free."""
+    folder = Path(folder)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(f"{folder}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Free space or choose another folder.")
+
+
+def progress(items: Iterable, what: str, unit: str = "pictures", **options: Any) -> tqdm:
+    """A progress bar with rate and time left; outside a terminal a line every 10 s, so that logs stay readable."""
+    live = sys.stderr.isatty()
+    return tqdm(items, desc=what, unit=" " + unit, mininterval=0.2 if live else 10, ascii=not live, ncols=100, **options)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean "x"?` where something similar is known, else nothing."""
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f', did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,56 @@
+"""Run lengths <-> masks, as the competition writes them.
+
+Text of `start length` pairs; pixels are numbered from 1, row by row, runs go on over row ends, sorted, no overlap.
+"""
+
+import numpy as np
+
+
+def encode(mask: np.ndarray) -> str:
+    """Run lengths of a mask.
+
+    mask: (H, W) bool or any numbers, car where not zero. Returns "" for an empty mask.
+    """
+    flat = np.ascontiguousarray(mask).reshape(-1).view(np.uint8) if mask.dtype == bool else np.not_equal(mask, 0).reshape(-1)
+    if not flat.size:
+        return ""
+    inner = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    first = [0] if flat[0] else []
+    last = [flat.size] if flat[-1] else []
+    return from_edges(np.concatenate([first, inner, last]).astype(np.int64))
+
+
+def from_edges(edges: np.ndarray) -> str:
+    """Run lengths from the sorted flat positions (from 0, an even number of them) where a run starts or has ended."""
+    pairs = edges.reshape(-1, 2)
+    values = np.stack([pairs[:, 0] + 1, pairs[:, 1] - pairs[:, 0]], axis=1).reshape(-1).tolist()
+    return ("%d " * len(values) % tuple(values))[:-1]
+
+
+def parse(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Starts (from 1) and lengths, (n,) int64 each. ValueError where the text is not pairs of whole numbers."""
+    try:
+        values = np.array(text.split(), dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("run lengths must be whole numbers") from error
+    if values.size % 2:
+        raise ValueError(f"run lengths must be pairs, found {values.size} numbers")
+    return values[::2], values[1::2]
+
+
+def decode(text: str, height: int = 1280, width: int = 1918) -> np.ndarray:
+    """Mask of a run-length text, (height, width) bool.
+
+    ValueError where runs are not pairs of whole numbers above 0, sorted, without overlap and inside the picture.
+    """
+    starts, lengths = parse(text)
+    edges = np.stack([starts - 1, starts - 1 + lengths], axis=1).reshape(-1)
+    gaps = np.diff(edges, prepend=0, append=height * width)
+    if (lengths < 1).any() or (gaps < 0).any():
+        raise ValueError(f"runs must be sorted, without overlap and inside {height}x{width} pixels")
+    return np.repeat(np.arange(gaps.size) % 2 == 1, gaps).reshape(height, width)
+
+
+def area(text: str) -> int:
+    """Number of masked pixels of a run-length text."""
+    return int(parse(text)[1].sum())
