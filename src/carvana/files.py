@@ -18,6 +18,10 @@ from tqdm import tqdm
 class UserError(Exception):
     """What a user can mend: one line that says what is wrong, in which file or parameter, and what to do."""
 
+    def __str__(self) -> str:
+        """Our line alone: a worker process of torch hands its whole traceback on as the message."""
+        return super().__str__().rpartition("carvana.files.UserError: ")[2].strip()
+
     def _render_traceback_(self) -> list[str]:
         """Jupyter shows this instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
@@ -41,7 +45,8 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}. Free space or choose another folder.") from error
+        reason = error.strerror or error
+        raise UserError(f"{path} could not be written: {reason}. Free space or choose another folder.") from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
@@ -108,16 +113,18 @@ def need_space(folder: str | Path, size: int) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
-        raise UserError(f"{folder}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Free space or choose another folder.")
+        need = f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+        raise UserError(f"{folder}: {need}. Free space or choose another folder.")
 
 
 def progress(items: Iterable, what: str, unit: str = "pictures", **options: Any) -> tqdm:
     """A progress bar with rate and time left; outside a terminal a line every 10 s, so that logs stay readable."""
     live = sys.stderr.isatty()
-    return tqdm(items, desc=what, unit=" " + unit, mininterval=0.2 if live else 10, ascii=not live, ncols=100, **options)
+    interval = 0.2 if live else 10
+    return tqdm(items, desc=what, unit=" " + unit, mininterval=interval, ascii=not live, ncols=100, **options)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean "x"?` where something similar is known, else nothing."""
+    """The end of a sentence: `, did you mean "x"?` where something similar is known, else `.`"""
     close = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f', did you mean "{close[0]}"?' if close else ""
+    return f', did you mean "{close[0]}"?' if close else "."

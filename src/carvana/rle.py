@@ -11,13 +11,10 @@ def encode(mask: np.ndarray) -> str:
 
     mask: (H, W) bool or any numbers, car where not zero. Returns "" for an empty mask.
     """
-    flat = np.ascontiguousarray(mask).reshape(-1).view(np.uint8) if mask.dtype == bool else np.not_equal(mask, 0).reshape(-1)
-    if not flat.size:
-        return ""
+    flat = np.asarray(mask, dtype=bool).reshape(-1)
     inner = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    first = [0] if flat[0] else []
-    last = [flat.size] if flat[-1] else []
-    return from_edges(np.concatenate([first, inner, last]).astype(np.int64))
+    first, last = np.flatnonzero(flat[:1]), np.flatnonzero(flat[-1:]) + flat.size
+    return from_edges(np.concatenate([first, inner, last]))
 
 
 def from_edges(edges: np.ndarray) -> str:

@@ -1,0 +1,139 @@
+"""Out-of-fold scores at full size, what each view, fold and run adds, and the ensemble that follows."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from carvana import metrics, rle
+from carvana.files import UserError, atomic, fingerprint, progress, read_json, sha256, write_json
+from carvana.folds import HOLDOUT, read_folds
+from carvana.inference import Ensemble, batched, enlarged
+from carvana.photos import Archive
+
+
+def finished_folds(run_dir: Path) -> dict[int, Path]:
+    """Best checkpoint of every fold of a run that has one; UserError where the run has none."""
+    found = {int(p.parent.name.removeprefix("fold")): p for p in sorted(run_dir.glob("fold*/best.safetensors"))}
+    if not found:
+        raise UserError(f"{run_dir} has no trained fold. Train with 03_train first, or correct run_name or members.")
+    return found
+
+
+def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, views: list[str], batch_size: int = 8):
+    """Score every picture by models that have not seen its car; returns a table, a row per picture.
+
+    Columns: img, car, view, fold, dice, iou (of the blend of all runs and views), area, predicted_area, the parts of the
+    error in pixels (see metrics.error_anatomy), and `dice:VARIANT` for every simpler variant: `none`, `none+VIEW`, a run,
+    and `single fold` for held-out cars. Each fold is kept in the first run's folder, so that a kill costs one fold.
+
+    pictures: table of photos.index. Cars of fold -1 are scored by all folds together. UserError where runs have other
+    folds, or where every mask is empty.
+    """
+    folds = _same_folds(run_dirs)
+    fold_of = pictures["car"].map(folds.set_index("car")["fold"])
+    checkpoints = [finished_folds(run_dir) for run_dir in run_dirs]
+    shared = sorted(set.intersection(*(set(found) for found in checkpoints)))
+    tables = []
+    for fold in [*shared, HOLDOUT] if (fold_of == HOLDOUT).any() else shared:
+        members = [found[f] for f in ([fold] if fold != HOLDOUT else shared) for found in checkpoints]
+        path = run_dirs[0] / (f"fold{fold}" if fold != HOLDOUT else "holdout") / "scores.csv"
+        table = _score_fold(path, members, run_dirs, pictures[fold_of == fold], photos, views, batch_size, fold)
+        tables.append(table)
+    scores = pd.concat(tables, ignore_index=True)
+    if not scores["predicted_area"].any():
+        raise UserError(
+            f"Every predicted mask of {run_dirs[0]} is empty. Look at history.csv: a loss that stands still asks for a "
+            "lower lr or another loss, a Dice of 0 from the start for masks that fit their pictures (02_explore)."
+        )
+    return scores.sort_values("img", ignore_index=True)
+
+
+def _same_folds(run_dirs: list[Path]) -> pd.DataFrame:
+    folds = read_folds(run_dirs[0])
+    for other in run_dirs[1:]:
+        if not read_folds(other).equals(folds):
+            raise UserError(
+                f"members: {other} has other folds than {run_dirs[0]}, so a blend would score cars that it has seen. "
+                "Train them with the same n_folds, holdout_cars and seed."
+            )
+    return folds
+
+
+def _score_fold(path, members, run_dirs, pictures, photos, views, batch_size, fold) -> pd.DataFrame:
+    key = fingerprint([sha256(member) for member in members], views, pictures[["img", "rle"]].to_numpy().tolist(), fold)
+    note = path.with_suffix(".json")
+    if path.exists() and note.exists() and read_json(note) == key:
+        return pd.read_csv(path, dtype={"car": str}, float_precision="round_trip")
+    ensemble = Ensemble(members, [1 / len(members)] * len(members), views)
+    names = pictures["img"].tolist()
+    rows = []
+    with progress(None, f"scoring {path.parent.name}", total=len(names)) as bar:
+        for each, full, batch in batched(ensemble, photos, names, batch_size):
+            variants = _variants(each, views, [run_dir.name for run_dir in run_dirs], fold)
+            for i, row in enumerate(batch):
+                rows.append(_score(pictures.iloc[row], {name: [p[i] for p in v] for name, v in variants.items()}, full[i]))
+            bar.update(len(batch))
+    table = pd.DataFrame(rows)
+    table.insert(3, "fold", fold)
+    with atomic(path) as file:
+        file.write(table.to_csv(index=False).encode())
+    write_json(note, key)
+    return table
+
+
+def _variants(each: list[torch.Tensor], views: list[str], runs: list[str], fold: int) -> dict[str, list[np.ndarray]]:
+    """Blended logits (B, h, w) of each size for the whole ensemble ("") and for every simpler variant of it."""
+    chosen = {"": (each, slice(None))}
+    if len(views) > 1:
+        chosen[views[0]] = each, [0]
+        if len(views) > 2:
+            chosen |= {f"{views[0]}+{view}": (each, [0, i]) for i, view in enumerate(views) if i}
+    if len(runs) > 1:
+        chosen |= {run: (each[i :: len(runs)], slice(None)) for i, run in enumerate(runs)}
+    if fold == HOLDOUT and len(each) > len(runs):
+        chosen |= {f"fold {f}": (each[f * len(runs) :][: len(runs)], slice(None)) for f in range(len(each) // len(runs))}
+    return {name: _mean([logits[which] for logits in members]) for name, (members, which) in chosen.items()}
+
+
+def _mean(members: list[torch.Tensor]) -> list[np.ndarray]:
+    sizes = sorted({tuple(logits.shape[2:]) for logits in members})
+    of_size = [[logits.mean(0) for logits in members if tuple(logits.shape[2:]) == size] for size in sizes]
+    return [(torch.stack(group).sum(0) / len(members)).cpu().numpy() for group in of_size]
+
+
+def _score(picture: pd.Series, variants: dict[str, list[np.ndarray]], full: tuple[int, int]) -> dict:
+    true = rle.decode(picture["rle"], *full)
+    row = {"img": picture["img"], "car": picture["car"], "view": picture["view"]}
+    for name, logits in variants.items():
+        predicted = enlarged(logits, full) > 0
+        counts = metrics.counts(predicted, true)
+        if name:
+            row[f"dice:{name}"] = float(metrics.dice(*counts))
+            continue
+        row |= {"dice": float(metrics.dice(*counts)), "iou": float(metrics.iou(*counts))}
+        row |= {"area": counts[2] / true.size, "predicted_area": counts[1] / true.size}
+        row |= metrics.error_anatomy(predicted, true)
+    return row
+
+
+def gains(scores: pd.DataFrame) -> pd.DataFrame:
+    """What the whole ensemble gains over each simpler variant: mean Dice of both, gain, its paired 95 % interval."""
+    rows = []
+    for column in scores.columns[scores.columns.str.startswith("dice:")]:
+        known = scores[scores[column].notna()]
+        gain, low, high = metrics.mean_over_cars(known["dice"] - known[column], known["car"])
+        variant = column.removeprefix("dice:")
+        rows.append((variant, known[column].mean(), known["dice"].mean(), gain, low, high, len(known)))
+    return pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "pictures"])
+
+
+def write_results(run_dir: Path, scores: pd.DataFrame, run_dirs: list[Path], views: list[str]) -> Ensemble:
+    """Write scores.csv and ensemble.json (every fold of every run, equal weights) into `run_dir`."""
+    with atomic(run_dir / "scores.csv") as file:
+        file.write(scores.to_csv(index=False).encode())
+    paths = [path for member in run_dirs for path in finished_folds(member).values()]
+    ensemble = Ensemble(paths, [1 / len(paths)] * len(paths), views)
+    ensemble.write(run_dir / "ensemble.json")
+    return ensemble

@@ -1,0 +1,39 @@
+"""Losses by name, thin over segmentation_models_pytorch, always in float32."""
+
+from collections.abc import Callable
+
+import torch
+from segmentation_models_pytorch import losses as smp
+
+from carvana.files import UserError, nearest
+
+
+def _bce_dice() -> Callable:
+    bce, dice = smp.SoftBCEWithLogitsLoss(), smp.DiceLoss("binary")
+    return lambda logits, target: bce(logits, target) + dice(logits, target)
+
+
+def _lovasz() -> Callable:
+    loss = smp.LovaszLoss("binary")
+    return lambda logits, target: loss(logits, (target > 0.5).float())  # defined for hard masks only
+
+
+LOSSES = {
+    "dice": lambda: smp.DiceLoss("binary"),
+    "bce": smp.SoftBCEWithLogitsLoss,
+    "bce_dice": _bce_dice,
+    "lovasz": _lovasz,
+    "focal": lambda: smp.FocalLoss("binary"),
+    "tversky": lambda: smp.TverskyLoss("binary"),
+}
+
+
+def loss_named(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of logits (B, H, W) and soft targets (B, H, W) in [0, 1], any float type, to a float32 scalar.
+
+    Half precision sums of a million pixels overflow or stall, so both are cast first. UserError for an unknown name.
+    """
+    if name not in LOSSES:
+        raise UserError(f'loss "{name}" is unknown{nearest(name, LOSSES)} Choose from: {", ".join(LOSSES)}.')
+    loss = LOSSES[name]()
+    return lambda logits, target: loss(logits.float().unsqueeze(1), target.float().unsqueeze(1))
