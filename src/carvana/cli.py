@@ -1,0 +1,135 @@
+"""The command line: `carvana ...`, the same as `python -m carvana ...`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from carvana.files import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 when it did its work, 1 with one line on standard error when not."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if options.debug:
+            raise
+        print(f"carvana: {_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on where it was"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _run(options: argparse.Namespace) -> None:
+    from carvana import pipeline
+
+    print("\n".join(pipeline.run(options.profile, dict(options.parameter))))
+
+
+def _params(options: argparse.Namespace) -> None:
+    from carvana import pipeline
+
+    for name, parameter in sorted(pipeline.parameters().items()):
+        notebooks = " ".join(notebook[:2] for notebook in parameter.notebooks)
+        print(f"{name:18}{parameter.default!r:24}{notebooks:20}{parameter.help}")
+
+
+def _demo_data(options: argparse.Namespace) -> None:
+    from carvana import demo
+
+    demo.write_competition(options.folder, options.cars, options.test_cars, options.seed)
+    print(f"{options.folder} holds the demo competition: {options.cars} cars to train on, {options.test_cars} to test.")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from carvana import kaggle_api
+
+    kaggle_api.download(options.data_dir, options.files, options.hq)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from carvana import submission
+
+    found = submission.validate(options.file, options.sample, options.height, options.width)
+    print("\n".join(found.lines()))
+    return 0 if found.ok else 1
+
+
+def _score(options: argparse.Namespace) -> None:
+    from carvana import submission
+    from carvana.files import write_text
+
+    scores = submission.score(options.file, options.truth)
+    if options.csv:
+        write_text(options.csv, scores.to_csv(index=False))
+    print(f"Dice {scores['dice'].mean():.6f}  IoU {scores['iou'].mean():.6f}  {len(scores)} pictures")
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from carvana import kaggle_api
+
+    kaggle_api.submit(
+        options.file, options.message, options.sample, options.submissions_dir, options.run_name, options.yes,
+        options.height, options.width,
+    )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("carvana", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "run the notebooks with a profile")
+    run.add_argument("profile", type=Path, help="a YAML file of parameters, such as profiles/demo.yaml")
+    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+
+    _command(commands, "params", _params, "list the parameters of all notebooks")
+
+    data = _command(commands, "demo-data", _demo_data, "write the built-in demo competition")
+    data.add_argument("folder", type=Path)
+    data.add_argument("--cars", type=int, default=12, help="cars to train on, 16 pictures each")
+    data.add_argument("--test-cars", type=int, default=4)
+    data.add_argument("--seed", type=int, default=1)
+
+    download = _command(commands, "download", _download, "fetch the competition's files from Kaggle")
+    download.add_argument("--data-dir", type=Path, default=Path("data/carvana"))
+    download.add_argument("--files", nargs="+", help="names on Kaggle; default: what training and prediction need")
+    download.add_argument("--hq", action="store_true", help="the _hq photographs instead of the usual ones")
+
+    validate = _command(commands, "validate", _validate, "check a submission file")
+    validate.add_argument("file", type=Path)
+    _sample_and_size(validate)
+
+    score = _command(commands, "score", _score, "score a submission against true masks")
+    score.add_argument("file", type=Path)
+    score.add_argument("--truth", type=Path, required=True, help="csv of img,rle_mask")
+    score.add_argument("--csv", type=Path, help="write a row per picture to this file")
+
+    submit = _command(commands, "submit", _submit, "validate, upload and wait for the score")
+    submit.add_argument("file", type=Path)
+    submit.add_argument("-m", "--message", required=True)
+    submit.add_argument("--yes", action="store_true", help="do not ask")
+    submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
+    submit.add_argument("--run-name", default="", help="the run that made the file, for the ledger")
+    _sample_and_size(submit)
+    return parser
+
+
+def _command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    command.set_defaults(run=function)
+    return command
+
+
+def _sample_and_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sample", type=Path, required=True, help="sample_submission.csv, also zipped")
+    command.add_argument("--height", type=int, default=1280, help="of the pictures, in pixels")
+    command.add_argument("--width", type=int, default=1918, help="of the pictures, in pixels")

@@ -5,10 +5,13 @@ import difflib
 import hashlib
 import json
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,6 +108,25 @@ def project_root() -> Path:
 def resolve(path: str | Path) -> Path:
     """An absolute path; relative ones start at `project_root()`, in Jupyter and under papermill alike."""
     return project_root() / Path(path).expanduser()
+
+
+def given(path: str) -> Path | None:
+    """`resolve` for a parameter that may be left empty."""
+    return resolve(path) if path else None
+
+
+def write_run(run_dir: Path, parameters: dict) -> None:
+    """Write run.json: the parameters, versions, commit and machine that a run started with."""
+    packages = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
+    git = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)
+    facts = {
+        "parameters": parameters,
+        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "commit": commit.stdout.strip() or None,
+        "machine": {"system": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()},
+    }
+    write_json(run_dir / "run.json", facts)
 
 
 def need_space(folder: str | Path, size: int) -> None:

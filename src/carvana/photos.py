@@ -89,6 +89,25 @@ def table(data_dir: Path, name: str) -> pd.DataFrame | None:
     return None
 
 
+def rows_wanted(data_dir: Path, tests: Archive, sample: Path | None = None) -> list[str]:
+    """Names that a submission must have, in order: those of `sample`, by default data_dir's sample_submission.csv.
+
+    All of `tests` by name where the sample is absent or speaks of other pictures altogether; UserError where it names
+    some of `tests` and others that are missing there.
+    """
+    if sample and not sample.exists():
+        raise UserError(f"sample {sample} does not exist. Give a csv with the names wanted in its column img.")
+    rows = table(sample.parent, sample.name.partition(".csv")[0]) if sample else table(data_dir, "sample_submission")
+    wanted = [] if rows is None else rows["img"].tolist()
+    missing = [name for name in wanted if name not in tests.members]
+    if len(missing) == len(wanted):
+        return tests.names
+    if missing:
+        of = f"{len(missing)} of {len(wanted)} photographs that the sample names"
+        raise UserError(f"{tests.path} lacks {of}, first {missing[0]}. Download the test set again.")
+    return wanted
+
+
 def size(photos: Archive, name: str) -> tuple[int, int]:
     """Height and width of a JPEG, from its header."""
     for length in (1 << 16, -1):

@@ -20,6 +20,7 @@ import pandas as pd
 from carvana.files import UserError, atomic
 
 HEADER = [b"img", b"rle_mask"]
+QUOTED = re.compile(rb'"([^",]*)"(?=,|$)')
 LEVEL = 4  # gzip, 100064 masks of 12 KB: 28 s and 494 MB; level 1 takes 15 s and 524 MB, level 6 117 s and 473 MB
 EXAMPLES = 3  # offending rows that a problem names
 SMALL, LARGE = 0.01, 0.80  # shares of the picture outside which a mask deserves a look
@@ -83,10 +84,7 @@ class Validation:
 
 
 def assemble(parts: list[Path], names: list[str], path: Path) -> None:
-    """Write the parts' rows as one compressed CSV in the order of `names`; equal rows give equal bytes.
-
-    parts: CSV files, consecutive slices of `names`, else UserError. path: ends with .gz or .zip.
-    """
+    """Write `parts`, CSV files that are consecutive slices of `names`, as one .gz or .zip; equal rows, equal bytes."""
     path = Path(path)
     if path.suffix.lower() not in (".gz", ".zip"):
         raise UserError(f"{path}: a submission is written compressed. Let its name end with .csv.gz or .zip.")
@@ -101,8 +99,8 @@ def _in_order(parts: Iterable[Path], names: Iterable[str]) -> Iterator[tuple[str
         for number, name, text in _records(part):
             wanted = next(expected, "nothing")
             if name != wanted:
-                where = f"{part}, line {number}: {name} stands where {wanted} is expected"
-                raise UserError(f"{where}. Delete the part and predict again.")
+                place = f"{part}, line {number}"
+                raise UserError(f"{place}: expected {wanted}, found {name}. Delete the part and predict again.")
             yield name, text
     if left := next(expected, None):
         raise UserError(f"{left} and {sum(1 for _ in expected)} more pictures are in no part. Predict them first.")
@@ -126,23 +124,25 @@ def validate(path: str | Path, sample: str | Path, height: int = 1280, width: in
 
     All faults are collected in one pass. UserError only where the sample cannot be used.
     """
-    times = dict.fromkeys((name for _, name, _ in _records(sample)), 0)
+    seen = dict.fromkeys((name for _, name, _ in _records(sample)), False)
     found, shares, rows, size = _Findings(), [], 0, height * width
     try:
-        for rows, (number, fields) in enumerate(_body(path, times, found), 1):  # noqa: B007 (its last value is used)
-            place = f"line {number} ({_text(fields[0])})"
-            _check_name(_text(fields[0]), place, times, found)
+        for rows, (number, fields) in enumerate(_body(path, seen, found), 1):  # noqa: B007 (its last value is used)
+            name = _text(fields[0])
+            place = f"line {number} ({name})"
+            if seen.get(name, True):
+                found.add("duplicate" if name in seen else "extra", place)
+            seen[name] = True
             if (area := _check_row(fields, place, size, found)) is not None:
                 shares.append(area / size)
                 if not SMALL <= shares[-1] <= LARGE:
                     found.add("small" if shares[-1] < SMALL else "large", f"{place}: {shares[-1]:.2%}")
-        for name in (name for name, count in times.items() if not count):
+        for name in (name for name, done in seen.items() if not done):
             found.add("missing", name)
     except UserError as error:  # the names after the break cannot be judged
         found.add("unreadable", str(error))
-    problems = [problem for kind, problem in found.items() if kind not in WARNINGS]
-    warnings = [problem for kind, problem in found.items() if kind in WARNINGS]
-    return Validation(str(path), rows, problems, warnings, sum(shares) / max(1, len(shares)))
+    warnings = [found.pop(kind) for kind in WARNINGS if kind in found]
+    return Validation(str(path), rows, list(found.values()), warnings, sum(shares) / max(1, len(shares)))
 
 
 class _Findings(dict):
@@ -164,13 +164,6 @@ def _body(path: str | Path, names: dict, found: _Findings) -> Iterator[tuple[int
         if _text(fields[0]) in names:
             yield number, fields
     yield from table
-
-
-def _check_name(name: str, place: str, times: dict[str, int], found: _Findings) -> None:
-    if name not in times:
-        return found.add("extra", place)
-    times[name] += 1
-    return found.add("duplicate", place) if times[name] > 1 else None
 
 
 def _check_row(fields: list[bytes], place: str, size: int, found: _Findings) -> int | None:
@@ -284,7 +277,7 @@ def _table(path: str | Path) -> Iterator[tuple[int, list[bytes]]]:
                 raise OSError("it is compressed in a way that its name, .gz or .zip, does not say")
             for number, line in enumerate(file, 1):
                 if line := line.rstrip(b"\r\n"):
-                    yield number, [_unquoted(text) for text in line.split(b",")]
+                    yield number, QUOTED.sub(rb"\1", line).split(b",") if b'"' in line else line.split(b",")
     except BROKEN as error:
         raise UserError(f"{path} cannot be read: {error}. Write or download it again.") from error
 
@@ -300,10 +293,6 @@ def _member(path: Path, mode: str) -> BinaryIO:
     if len(names) != 1:
         raise zipfile.BadZipFile(f"one CSV is expected inside, found {len(names)} files")
     return archive.open(names[0])
-
-
-def _unquoted(text: bytes) -> bytes:
-    return text[1:-1] if len(text) > 1 and text[:1] == text[-1:] == b'"' else text
 
 
 def _text(text: bytes) -> str:

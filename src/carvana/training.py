@@ -41,6 +41,8 @@ class Fold:
         )
         self.steps_per_epoch = len(self.keys) // recipe.epochs
         self.data = fingerprint(pictures[["img", "rle"]].to_numpy().tolist(), folds.to_numpy().tolist(), fold)
+        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # folds in parallel, one on each GPU
+            os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{fold % torch.cuda.device_count()}"
         AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train again with another precision
         self.accelerator = Accelerator(
             mixed_precision=precision(recipe.amp), gradient_accumulation_steps=recipe.accumulate

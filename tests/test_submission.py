@@ -1,0 +1,301 @@
+import gzip
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from carvana import rle, submission
+from carvana.files import UserError
+
+HEIGHT, WIDTH = 4, 5  # 20 pixels: every number below can be checked by hand
+GOOD = "2 3 10 2"  # 5 pixels = 25 %
+MASKS = arrays(bool, (HEIGHT, WIDTH))
+FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write(path: Path, rows: dict | list, header: str = "img,rle_mask") -> Path:
+    pairs = rows.items() if isinstance(rows, dict) else rows
+    path.write_text("".join(f"{line}\n" for line in [header, *(",".join(pair) for pair in pairs)]))
+    return path
+
+
+@pytest.fixture
+def sample(tmp_path):
+    return write(tmp_path / "sample.csv", {f"{i}.jpg": "1 1" for i in range(4)})
+
+
+def check(tmp_path, sample, rows, **options):
+    path = rows if isinstance(rows, Path) else write(tmp_path / "ours.csv", rows, **options)
+    return submission.validate(path, sample, HEIGHT, WIDTH)
+
+
+def rows(**other):
+    """Four good rows; r1="..." replaces the run lengths of 1.jpg."""
+    return {f"{i}.jpg": other.get(f"r{i}", GOOD) for i in range(4)}
+
+
+def kinds(found):
+    return {problem.kind: problem.count for problem in found}
+
+
+def test_a_good_file_is_valid_and_its_area_known(tmp_path, sample):
+    result = check(tmp_path, sample, rows(r1="1 10"))
+    assert result.ok
+    assert (result.rows, result.problems, result.warnings) == (4, [], [])
+    assert result.mean_area == pytest.approx((0.25 * 3 + 0.5) / 4)
+    assert result.lines() == [
+        f"{tmp_path / 'ours.csv'}: 4 rows, 31.25% of the picture masked on average",
+        f"{tmp_path / 'ours.csv'}: valid",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "detail"),
+    [
+        ("1 2 3", "odd", "3 values"),
+        ("1 2 x 4", "integer", "'x' is not a whole number"),
+        ("1 2.0", "integer", "'2.0' is not a whole number"),
+        ("1_0 2", "integer", "'1_0' is not a whole number"),
+        ("nan", "odd", "1 values"),
+        ("0 3", "positive", "run 0 3"),
+        ("3 0", "positive", "run 3 0"),
+        ("3 -1", "positive", "run 3 -1"),
+        ("19 3", "outside", "run 19 3"),
+        ("21 1", "outside", "run 21 1"),
+        ("99999999999999999999999 1", "outside", "run 9223372036854775807 1"),
+        ("1 9999999999999999999", "outside", "run 1 9223372036854775807"),
+        ("1 3 3 2", "order", "run 3 2"),
+        ("9 1 2 3", "order", "run 2 3"),
+    ],
+)
+def test_each_fault_of_a_row_is_found_with_its_line(tmp_path, sample, text, kind, detail):
+    result = check(tmp_path, sample, rows(r2=text))
+    assert not result.ok
+    problem = next(problem for problem in result.problems if problem.kind == kind)
+    assert (problem.count, problem.examples) == (1, [f"line 4 (2.jpg): {detail}"])
+    assert result.mean_area == pytest.approx(0.25)  # the broken row does not count
+
+
+@pytest.mark.parametrize("text", ["", "1 20", "20 1", "1 2 3 2", " 2  3 ", "2\t3", '"2 3"'])
+def test_unusual_but_good_run_lengths(tmp_path, sample, text):
+    assert check(tmp_path, sample, rows(r2=text)).ok
+
+
+def test_names_missing_extra_and_twice(tmp_path, sample):
+    result = check(tmp_path, sample, [("0.jpg", GOOD), ("1.jpg", GOOD), ("1.jpg", GOOD), ("x.jpg", GOOD)])
+    found = {problem.kind: (problem.count, problem.examples) for problem in result.problems}
+    assert found == {
+        "duplicate": (1, ["line 4 (1.jpg)"]),
+        "extra": (1, ["line 5 (x.jpg)"]),
+        "missing": (2, ["2.jpg", "3.jpg"]),
+    }
+
+
+def test_header_and_columns(tmp_path, sample):
+    assert kinds(check(tmp_path, sample, rows(), header="id,rle").problems) == {"header": 1}
+    bare = tmp_path / "bare.csv"
+    bare.write_text("".join(f"{name},{text}\n" for name, text in rows().items()))
+    assert kinds(check(tmp_path, sample, bare).problems) == {"header": 1}  # the first row counts as a row
+    many = [("0.jpg", GOOD), ("1.jpg",), ("2.jpg", GOOD, GOOD), ("3.jpg", GOOD)]
+    problem = check(tmp_path, sample, many).problems[0]
+    assert (problem.kind, problem.count) == ("columns", 2)
+    assert problem.examples == ["line 3 (1.jpg): 1 columns", "line 4 (2.jpg): 3 columns"]
+
+
+def test_names_that_pandas_would_take_for_missing_values(tmp_path):
+    names = write(tmp_path / "sample.csv", {"NA": "", "": "", "null": ""})
+    assert check(tmp_path, names, {"NA": GOOD, "": GOOD, "null": GOOD}).ok
+
+
+def test_mixed_faults_are_found_together_and_warnings_do_not_count(tmp_path, sample):
+    mixed = [("0.jpg", "1 2 2 2 3"), ("1.jpg", "0 1 25 1"), ("1.jpg", "x"), ("y.jpg", "1 20"), ("2.jpg", "")]
+    result = check(tmp_path, sample, mixed)
+    assert kinds(result.problems) == {
+        **{"odd": 2, "order": 1, "positive": 1, "outside": 1},
+        **{"duplicate": 1, "integer": 1, "extra": 1, "missing": 1},
+    }
+    assert kinds(result.warnings) == {"large": 1, "small": 1}
+    assert len(result.lines()) == 1 + 8 + 2 + 1
+    assert result.lines()[-1].endswith("not valid, 8 kind(s) of problems")
+    assert check(tmp_path, sample, rows(r0="", r1="1 20")).ok
+
+
+def test_many_faults_are_counted_and_the_first_three_named(tmp_path, sample):
+    problem = check(tmp_path, sample, rows(r0="1", r1="1", r2="1", r3="1")).problems[0]
+    assert problem.count == 4
+    assert [example.split(" (")[0] for example in problem.examples] == ["line 2", "line 3", "line 4"]
+
+
+@FILES
+@given(st.lists(MASKS, min_size=4, max_size=4))
+def test_every_encoded_mask_is_valid(tmp_path, sample, masks):
+    result = check(tmp_path, sample, {f"{i}.jpg": rle.encode(mask) for i, mask in enumerate(masks)})
+    assert result.ok
+    assert result.mean_area == pytest.approx(np.mean(masks))
+
+
+@FILES
+@given(st.lists(st.integers(-2, 24), max_size=8))
+def test_validate_agrees_with_decode(tmp_path, sample, values):
+    text = " ".join(map(str, values))
+    try:
+        rle.decode(text, HEIGHT, WIDTH)
+        good = True
+    except ValueError:
+        good = False
+    assert check(tmp_path, sample, rows(r1=text)).ok == good
+
+
+def packed(path: Path, suffix: str) -> Path:
+    other = path.with_name(path.name + suffix)
+    if suffix == ".gz":
+        other.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        with zipfile.ZipFile(other, "w") as archive:
+            archive.write(path, path.name)
+            archive.writestr("__MACOSX/._ours.csv", "what a Mac adds")
+    return other
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zip"])
+def test_compressed_files(tmp_path, sample, suffix):
+    ours = packed(write(tmp_path / "ours.csv", rows()), suffix)
+    assert check(tmp_path, packed(sample, suffix), ours).rows == 4
+    assert check(tmp_path, packed(sample, suffix), ours).ok
+    assert submission.score(ours, packed(ours, ".gz") if suffix == "" else ours).dice.tolist() == [1.0] * 4
+
+
+def test_unreadable_files(tmp_path, sample):
+    plain = write(tmp_path / "ours.csv", rows())
+    whole = packed(plain, ".gz")
+    cut = tmp_path / "cut.csv.gz"
+    cut.write_bytes(whole.read_bytes()[:-9])
+    fake = tmp_path / "fake.csv.gz"
+    fake.write_bytes(plain.read_bytes())
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_bytes(whole.read_bytes())
+    two = tmp_path / "two.zip"
+    with zipfile.ZipFile(two, "w") as archive:
+        archive.write(plain, "a.csv")
+        archive.write(plain, "b.csv")
+    for path in (cut, fake, renamed, two, tmp_path / "none.csv", tmp_path):
+        result = check(tmp_path, sample, path)
+        assert kinds(result.problems)["unreadable"] == 1
+        assert str(path) in result.problems[0].examples[0]
+        assert "missing" not in kinds(result.problems)
+        with pytest.raises(UserError, match="cannot be read"):
+            submission.validate(plain, path, HEIGHT, WIDTH)
+
+
+def test_empty_file(tmp_path, sample):
+    empty = tmp_path / "empty.csv"
+    empty.touch()
+    assert kinds(check(tmp_path, sample, empty).problems) == {"header": 1, "missing": 4}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("1 10", "6 10", (5, 10, 10)),
+        ("1 2 3 2 9 1", "2 1 3 1 4 6", (4, 5, 8)),  # runs that touch
+        ("1 3", "4 3", (0, 3, 3)),
+        ("", "1 3", (0, 0, 3)),
+        ("1 3", "", (0, 3, 0)),
+        ("", "", (0, 0, 0)),
+        ("1 1 3 1 5 1", "1 5", (3, 3, 5)),
+    ],
+)
+def test_overlap_by_hand(a, b, expected):
+    assert submission.overlap(a, b) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(MASKS, MASKS)
+def test_overlap_is_that_of_the_masks(a, b):
+    assert submission.overlap(rle.encode(a), rle.encode(b)) == ((a & b).sum(), a.sum(), b.sum())
+
+
+def test_overlap_of_large_ragged_masks():
+    a, b = np.random.default_rng(0).random((2, 1280, 1918)) < 0.5
+    assert submission.overlap(rle.encode(a), rle.encode(b)) == ((a & b).sum(), a.sum(), b.sum())
+
+
+@FILES
+@given(st.lists(st.tuples(MASKS, MASKS), min_size=1, max_size=4), st.randoms())
+def test_score_is_dice_and_iou_of_the_masks_in_any_order(tmp_path, pairs, random):
+    ours = {f"{i}.jpg": rle.encode(a) for i, (a, _) in enumerate(pairs)}
+    truth = [(f"{i}.jpg", rle.encode(b)) for i, (_, b) in enumerate(pairs)]
+    random.shuffle(truth)
+    table = submission.score(write(tmp_path / "ours.csv", ours), write(tmp_path / "truth.csv", truth))
+    assert table.columns.tolist() == ["img", "dice", "iou"]
+    assert table.img.tolist() == list(ours)
+    for (a, b), dice, iou in zip(pairs, table.dice, table.iou, strict=True):
+        both, either = (a & b).sum(), (a | b).sum()
+        assert dice == pytest.approx(2 * both / (a.sum() + b.sum()) if either else 1)
+        assert iou == pytest.approx(both / either if either else 1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "message"),
+    [
+        ([("0.jpg", GOOD)], "1 names of .* are missing: 1.jpg"),
+        ([("0.jpg", GOOD), ("1.jpg", GOOD), ("2.jpg", GOOD)], "1 names of .* are not in the truth, or twice: 2.jpg"),
+        ([("0.jpg", GOOD), ("0.jpg", GOOD), ("1.jpg", GOOD)], "not in the truth, or twice: 0.jpg"),
+        ([("0.jpg", "1 x"), ("1.jpg", GOOD)], r"ours.csv, line 2 \(0.jpg\): 'x' is not a whole number"),
+        ([("0.jpg", "5 1 1 1"), ("1.jpg", GOOD)], "line 2 .* overlap or are not sorted"),
+        ([("0.jpg",), ("1.jpg", GOOD)], "line 2: two columns"),
+    ],
+)
+def test_score_refuses_other_names_and_broken_rows(tmp_path, ours, message):
+    truth = write(tmp_path / "truth.csv", {"0.jpg": GOOD, "1.jpg": GOOD})
+    with pytest.raises(UserError, match=message):
+        submission.score(write(tmp_path / "ours.csv", ours), truth)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    both = [[("0.jpg", GOOD), ("1.jpg", "")], [("2.jpg", "1 20"), ("3.jpg", GOOD)]]
+    return [write(tmp_path / f"part-{i}.csv", slice_) for i, slice_ in enumerate(both)]
+
+
+@pytest.mark.parametrize("name", ["run.csv.gz", "run.csv.zip", "run.zip"])
+def test_assemble_keeps_order_and_is_repeatable(tmp_path, parts, sample, name):
+    path, again = tmp_path / "a" / name, tmp_path / "b" / name
+    for target in (path, again):
+        submission.assemble(parts, [f"{i}.jpg" for i in range(4)], target)
+    assert path.read_bytes() == again.read_bytes()
+    assert check(tmp_path, sample, path).ok
+    expected = "img,rle_mask\n0.jpg,2 3 10 2\n1.jpg,\n2.jpg,1 20\n3.jpg,2 3 10 2\n"
+    if name.endswith(".gz"):
+        assert gzip.decompress(path.read_bytes()).decode() == expected
+        assert path.read_bytes()[3:8] == bytes(5)  # neither a name nor a time
+    else:
+        assert zipfile.ZipFile(path).read("run.csv").decode() == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "message"),
+    [
+        ("0123", (1, 0), "part-1.csv, line 2: expected 0.jpg, found 2.jpg"),
+        ("0132", (0, 1), "part-1.csv, line 2: expected 3.jpg, found 2.jpg"),
+        ("0123", (0,), "2.jpg and 1 more pictures are in no part"),
+        ("012", (0, 1), "part-1.csv, line 3: expected nothing, found 3.jpg"),
+    ],
+)
+def test_assemble_refuses_what_does_not_fit(tmp_path, parts, names, order, message):
+    path = tmp_path / "run.csv.gz"
+    with pytest.raises(UserError, match=message):
+        submission.assemble([parts[i] for i in order], [f"{i}.jpg" for i in names], path)
+    assert not path.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_assemble_names_a_missing_part_and_an_unknown_suffix(tmp_path, parts):
+    with pytest.raises(UserError, match="part-9.csv cannot be read"):
+        submission.assemble([tmp_path / "part-9.csv"], ["0.jpg"], tmp_path / "run.csv.gz")
+    with pytest.raises(UserError, match=r"end with .csv.gz or .zip"):
+        submission.assemble(parts, ["0.jpg"], tmp_path / "run.csv")
