@@ -94,18 +94,20 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
 
 
-def test_an_interrupted_demo_is_finished_with_the_same_bytes(small):
-    folder, _ = small
-    lost = [sorted(folder.glob("train/*"))[3], sorted(folder.glob("train_masks/*"))[5], folder / "truth.csv"]
+def test_an_interrupted_demo_is_finished_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "VIEWS", 3)
+    demo.write_competition(tmp_path, cars=1, test_cars=1, seed=3)
+    lost = [sorted(tmp_path.glob("train/*"))[1], sorted(tmp_path.glob("train_masks/*"))[2], tmp_path / "truth.csv"]
     expected = [path.read_bytes() for path in lost]
-    kept = sorted(folder.glob("train/*"))[0].stat().st_mtime_ns
+    kept = sorted(tmp_path.glob("train/*"))[0]
+    time_of_kept = kept.stat().st_mtime_ns
     for path in lost:
         path.unlink()
-    write_json(folder / "demo.json", read_json(folder / "demo.json") | {"complete": False})
-    demo.write_competition(folder, cars=1, test_cars=1, seed=3)
+    write_json(tmp_path / "demo.json", read_json(tmp_path / "demo.json") | {"complete": False})
+    demo.write_competition(tmp_path, cars=1, test_cars=1, seed=3)
     assert [path.read_bytes() for path in lost] == expected
-    assert sorted(folder.glob("train/*"))[0].stat().st_mtime_ns == kept
-    assert read_json(folder / "demo.json")["complete"]
+    assert kept.stat().st_mtime_ns == time_of_kept
+    assert read_json(tmp_path / "demo.json")["complete"]
 
 
 def test_same_seed_gives_the_same_picture_and_another_seed_another(cars):
@@ -132,8 +134,8 @@ def test_views_of_a_car_differ_and_keep_a_plausible_size(cars):
 def test_mask_is_exactly_what_hides_the_studio(cars):
     for car in cars:
         picture, mask = demo.render(car, 4, np.random.default_rng(1))
-        shade = demo._shade(car, 3 * 2 * np.pi / demo.VIEWS + car.turn)[..., None] / 255
-        strange = np.abs(picture - car.studio * shade).max(axis=2) > 12
-        edge = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5))) > 0
-        assert not (strange & ~edge & (cv2.Laplacian(car.studio, cv2.CV_32F).max(axis=2) < 3)).any()
-        assert strange[mask].mean() > 0.8
+        shade = demo._shade(car, 3 * 2 * np.pi / demo.VIEWS + car.turn)[..., None] / np.float32(255)
+        strange = np.abs(picture - cv2.GaussianBlur(car.studio * shade, (3, 3), 0.6)).max(axis=2) > 10
+        near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5))) > 0
+        assert not strange[~near].any()
+        assert strange[mask].mean() > 0.7

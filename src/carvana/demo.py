@@ -27,9 +27,10 @@ PAINTS = {  # red, green, blue; how much of the studio the paint mirrors
     "red": (0.45, 0.03, 0.07, 0.12), "grey": (0.27, 0.27, 0.29, 0.16), "blue": (0.07, 0.14, 0.32, 0.13),
 }  # fmt: skip
 FITTINGS = [  # axis and side they are seen from; left and right, low and high as shares of half the size; colour
-    (0, 1, -0.44, 0.44, 0.66, 0.84, DARK), (0, 1, -0.66, 0.66, 0.34, 0.52, DARK), (0, 1, -0.17, 0.17, 0.5, 0.64, PLATE),
-    (0, 1, 0.52, 0.92, 0.72, 0.91, CHROME), (0, 1, 0.57, 0.84, 0.75, 0.88, LAMP),
-    (0, -1, -0.8, 0.8, 0.3, 0.44, DARK), (0, -1, -0.17, 0.17, 0.76, 0.92, PLATE), (1, 1, -0.40, 0.38, 0.28, 0.36, DARK),
+    (0, 1, -0.44, 0.44, 0.66, 0.84, DARK), (0, 1, -0.66, 0.66, 0.34, 0.52, DARK),
+    (0, 1, -0.17, 0.17, 0.5, 0.64, PLATE), (0, 1, 0.52, 0.92, 0.72, 0.91, CHROME), (0, 1, 0.57, 0.84, 0.75, 0.88, LAMP),
+    (0, -1, -0.66, 0.66, 0.37, 0.47, DARK), (0, -1, -0.17, 0.17, 0.76, 0.92, PLATE),
+    (1, 1, -0.40, 0.38, 0.28, 0.36, DARK),
 ]  # fmt: skip
 MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
 
@@ -154,19 +155,22 @@ def _area(points):
 
 def _studio(rng, car):
     """The empty studio, (HEIGHT, WIDTH, 3) uint8: wall with letters, floor with turntable."""
-    rows, columns = np.arange(HEIGHT)[:, None, None] / HEIGHT, np.linspace(-1, 1, WIDTH)[None, :, None]
+    rows, columns = np.ogrid[0 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
+    rows, columns = rows[..., None].astype(np.float32), columns[..., None].astype(np.float32)
     wall, edge = np.full((HEIGHT, WIDTH, 3), 253, np.uint8), car.centre[1] / HEIGHT + 0.095 + rng.normal(0, 0.008)
     strip, shift = wall[int((edge - 0.19) * HEIGHT) :], rng.integers(0, 150)
     for text, left, bold in (("MIN", 20, 20), ("AVIMA", 680, 54)):
         cv2.putText(strip, text, (left + shift, 262), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), bold, cv2.LINE_AA)
-    dirt = cv2.resize(rng.normal(0, 1, (16, 10)), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)[..., None]
+    stains = rng.normal(0, 1, (16, 10)).astype(np.float32)
+    dirt = cv2.resize(stains, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)[..., None]
     ring, table = car.floor(_oval(-3.2, 3.2, -3.2, 3.2, points=200), 0), np.zeros((HEIGHT, WIDTH), np.uint8)
     _fill(table, ring, 255)
-    table = cv2.GaussianBlur(table, (0, 0), 4)[..., None] / 255
-    floor = 182 + 34 * rows - 6 * columns**2 + dirt * (1.5, 2, 3.5) + table * (3, 0, -9)
+    table = cv2.GaussianBlur(table, (0, 0), 4)[..., None] / np.float32(255)
+    floor = 182 + 34 * rows - 6 * columns**2
+    floor = floor + dirt * np.float32((1.5, 2, 3.5)) + table * np.float32((3, 0, -9))
     weight = np.clip((rows - edge - 0.03 * columns**2) * 250 + 0.5, 0, 1)
     image = wall * (1 - 0.04 * columns**2 - 0.03 * rows) * (1 - weight) + floor * weight
-    image = np.clip(image * (rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
+    image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
     return cv2.polylines(image, [_pixels(ring)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
 
 
@@ -371,8 +375,8 @@ def render(car, view, rng):
     picture = cv2.multiply(car.studio, cv2.merge([_shade(car, azimuth)] * 3), scale=1 / 255)
     mask, (left, top), (right, bottom) = np.zeros((HEIGHT, WIDTH), bool), scene.corner, scene.corner + scene.size
     behind = picture[top:bottom, left:right]
-    layers = [cv2.resize(layer, scene.size.tolist(), interpolation=cv2.INTER_AREA) for layer in (scene.colour, scene.cover)]
-    colour, cover = (layer[: behind.shape[0], : behind.shape[1]] for layer in layers)
+    shrink = partial(cv2.resize, dsize=scene.size.tolist(), interpolation=cv2.INTER_AREA)
+    colour, cover = (shrink(layer)[: len(behind), : behind.shape[1]] for layer in (scene.colour, scene.cover))
     behind[:] = cv2.add(cv2.multiply(behind, cv2.merge([255 - cover] * 3), scale=1 / 255), colour)
     mask[top:bottom, left:right] = cover > 127
     noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 6
@@ -421,8 +425,8 @@ def _complete(folder, wanted):
 def write_competition(folder, cars=12, test_cars=4, seed=1):
     """Write the demo in the competition's layout, 16 pictures a car; returns at once where it is all there.
 
-    folder: new, empty, or this demo begun before, which is finished. cars, test_cars: 1 or more. A larger demo of the same
-    seed holds the cars of a smaller one. `truth.csv` holds the run lengths of the test pictures.
+    folder: new, empty, or this demo begun before, which is finished. cars, test_cars: 1 or more. A larger demo of the
+    same seed holds the cars of a smaller one. `truth.csv` holds the run lengths of the test pictures.
     """
     folder, wanted = Path(folder), {"version": VERSION, "cars": cars, "test_cars": test_cars, "seed": seed}
     if min(cars, test_cars) < 1 or seed < 0:

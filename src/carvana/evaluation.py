@@ -24,9 +24,9 @@ def finished_folds(run_dir: Path) -> dict[int, Path]:
 def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, views: list[str], batch_size: int = 8):
     """Score every picture by models that have not seen its car; returns a table, a row per picture.
 
-    Columns: img, car, view, fold, dice, iou (of the blend of all runs and views), area, predicted_area, the parts of the
-    error in pixels (see metrics.error_anatomy), and `dice:VARIANT` for every simpler variant: `none`, `none+VIEW`, a run,
-    and `single fold` for held-out cars. Each fold is kept in the first run's folder, so that a kill costs one fold.
+    Columns: img, car, view, fold, dice, iou (of the blend of all runs and views), area, predicted_area, the parts of
+    the error in pixels (see metrics.error_anatomy), and `dice:VARIANT` for every simpler variant: a view, two views, a
+    run, and a single fold for held-out cars. Each fold is kept in the first run's folder: a kill costs one fold.
 
     pictures: table of photos.index. Cars of fold -1 are scored by all folds together. UserError where runs have other
     folds, or where every mask is empty.
@@ -65,7 +65,7 @@ def _score_fold(path, members, run_dirs, pictures, photos, views, batch_size, fo
     key = fingerprint([sha256(member) for member in members], views, pictures[["img", "rle"]].to_numpy().tolist(), fold)
     note = path.with_suffix(".json")
     if path.exists() and note.exists() and read_json(note) == key:
-        return pd.read_csv(path, dtype={"car": str}, float_precision="round_trip")
+        return pd.read_csv(path, dtype={"car": str})
     ensemble = Ensemble(members, [1 / len(members)] * len(members), views)
     names = pictures["img"].tolist()
     rows = []
@@ -73,7 +73,8 @@ def _score_fold(path, members, run_dirs, pictures, photos, views, batch_size, fo
         for each, full, batch in batched(ensemble, photos, names, batch_size):
             variants = _variants(each, views, [run_dir.name for run_dir in run_dirs], fold)
             for i, row in enumerate(batch):
-                rows.append(_score(pictures.iloc[row], {name: [p[i] for p in v] for name, v in variants.items()}, full[i]))
+                own = {name: [logits[i] for logits in blended] for name, blended in variants.items()}
+                rows.append(_score(pictures.iloc[row], own, full[i]))
             bar.update(len(batch))
     table = pd.DataFrame(rows)
     table.insert(3, "fold", fold)
@@ -92,8 +93,9 @@ def _variants(each: list[torch.Tensor], views: list[str], runs: list[str], fold:
             chosen |= {f"{views[0]}+{view}": (each, [0, i]) for i, view in enumerate(views) if i}
     if len(runs) > 1:
         chosen |= {run: (each[i :: len(runs)], slice(None)) for i, run in enumerate(runs)}
-    if fold == HOLDOUT and len(each) > len(runs):
-        chosen |= {f"fold {f}": (each[f * len(runs) :][: len(runs)], slice(None)) for f in range(len(each) // len(runs))}
+    if fold == HOLDOUT:
+        folds = range(len(each) // len(runs))
+        chosen |= {f"fold {f}": (each[f * len(runs) :][: len(runs)], slice(None)) for f in folds}
     return {name: _mean([logits[which] for logits in members]) for name, (members, which) in chosen.items()}
 
 

@@ -12,10 +12,11 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from carvana import metrics, rle
 from carvana.files import atomic
@@ -31,8 +32,8 @@ FOLDS = ("#332288", "#88CCEE", "#999933", "#882255", "#DDCC77", "#AA4499", "#669
 HELD_OUT = "#A3A3A3"  # cars that no fold sees
 WIDTH, DPI = 9.5, 110  # inches, and dots an inch: 1045 pixels, the width of a notebook's page
 TEXT = 10.5  # points
-PARTS = {"edge_1": "within 1 pixel of the edge", "edge_3": "2 to 3 pixels off", "edge_10": "4 to 10 pixels off"}
-PARTS |= {"missed": "farther, car missed", "extra": "farther, wall taken for car"}
+PARTS = {"edge_1": "1 pixel from the true edge", "edge_3": "2 to 3 pixels from it", "edge_10": "4 to 10 pixels from it"}
+PARTS |= {"missed": "farther: car missed", "extra": "farther: wall taken for car"}
 
 
 class Page(Figure):
@@ -44,10 +45,11 @@ class Page(Figure):
         return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG whole or not at all."""
+def save(figure: Figure, path: str | Path) -> Figure:
+    """Write a PNG whole or not at all; returns the figure, so that a notebook's last line shows it."""
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
+    return figure
 
 
 def fold_colour(fold: int) -> str:
@@ -55,139 +57,57 @@ def fold_colour(fold: int) -> str:
     return HELD_OUT if fold == HOLDOUT else FOLDS[fold % len(FOLDS)]
 
 
-def _charts(rows: int, columns: int, height: float) -> tuple[Page, list[Axes]]:
-    figure = Page(figsize=(WIDTH, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=TEXT - 1)
-        ax.grid(alpha=0.25, linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
-def _label(ax: Axes, title: str, x: str, y: str = "") -> None:
-    ax.set_title(title, loc="left", fontsize=TEXT + 1, fontweight="semibold")
-    ax.set_xlabel(x, fontsize=TEXT)
-    ax.set_ylabel(y, fontsize=TEXT)
-
-
-def _percent(axis) -> None:
-    axis.set_major_formatter(PercentFormatter(1, decimals=None))
-
-
-def _score_axis(ax: Axes, axis: str, values: np.ndarray) -> None:
-    """Logit scale, which leaves room for 0.99 and for 0.999, labelled with plain scores."""
-    low, high = np.nanmin(values), np.nanmax(values)
-    getattr(ax, f"set_{axis}scale")("logit")
-    ticks = [0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999]
-    inside = [tick for tick in ticks if low <= tick <= high]
-    if len(inside) < 2:
-        inside = [low, high]
-    axis = getattr(ax, f"{axis}axis")
-    axis.set_major_locator(FixedLocator(inside[:: -(-len(inside) // 7)]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _inside(values: Iterable[float]) -> np.ndarray:
-    """Scores as a logit scale can show them: strictly between 0 and 1."""
-    return np.clip(np.asarray(values, dtype=float), 1e-3, 1 - 1e-5)
-
-
-def _grid(count: int, columns: int, aspect: float, line: float = 0.25) -> tuple[Page, list[Axes]]:
-    """Panels for pictures of height / width = `aspect`, with `line` inches for each title."""
-    columns = max(1, min(columns, count))
-    rows = max(1, -(-count // columns))
-    width = min(WIDTH, 3.2 * columns)
-    figure = Page(figsize=(width, rows * (width / columns * aspect + line) + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes:
-        ax.set_axis_off()
-    return figure, axes
-
-
-def _outlined(ax: Axes, image: np.ndarray, soft: np.ndarray, colour: str, title: str) -> None:
-    """A picture (H, W, 3) and the line where `soft`, (H, W) in [0, 1], passes 0.5."""
-    ax.imshow(image)
-    ax.set_title(title, fontsize=TEXT - 1.5)
-    if soft.min() < 0.5 < soft.max():
-        line = ax.contour(soft, [0.5], colors=[colour], linewidths=1.3)
-        line.set_path_effects([withStroke(linewidth=2.4, foreground="white", alpha=0.8)])
-
-
-def _reduced(photos: Archive, row, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
-    """Photograph and soft mask of a row of the index, `width` pixels wide, on one grid."""
-    grid = Grid(row.height, row.width, max(1, round(width * row.height / row.width)), width)
-    image = picture(photos, row.img, grid.height, grid.width)[0]
-    return image, grid.soft_target(rle.decode(row.rle, row.height, row.width)) / 255
-
-
 def turntable(photos: Archive, pictures: pd.DataFrame, car: str) -> Figure:
     """Every view of a car with the outline of its mask."""
     views = pictures[pictures["car"] == car].sort_values("view")
-    figure, axes = _grid(len(views), 4, views["height"].iloc[0] / views["width"].iloc[0])
-    for ax, row in zip(axes, views.itertuples(), strict=False):
-        _outlined(ax, *_reduced(photos, row), TRUE, f"view {row.view}: {row.area:.1%} car")
     low, high = views.loc[views["area"].idxmin()], views.loc[views["area"].idxmax()]
     span = f"{low['area']:.1%} of the picture (view {low['view']}) to {high['area']:.1%} (view {high['view']})"
-    figure.suptitle(f"Car {car} covers {span}", fontsize=TEXT + 2)
+    figure, axes = _panels(len(views), 4, low["height"] / low["width"], f"Car {car} covers {span}")
+    for ax, row in zip(axes, views.itertuples(), strict=False):
+        _outlined(ax, *_reduced(photos, row), TRUE, f"view {row.view}: {row.area:.1%} car")
     return figure
 
 
 def areas(pictures: pd.DataFrame) -> Figure:
     """Share of the picture that is car: a box for every view, and the distribution over cars."""
-    figure, (left, right) = _charts(1, 2, 3.8)
-    views = pictures.groupby("view")["area"]
+    figure, (left, right) = _charts(1, 2, 3.8, width_ratios=[2, 1])
+    views, cars = pictures.groupby("view")["area"], pictures.groupby("car")["area"].mean()
+    look = {"boxprops": {"facecolor": TRUE, "alpha": 0.5}, "medianprops": {"color": "black"}}
+    left.boxplot([area for _, area in views], widths=0.6, patch_artist=True, flierprops={"markersize": 3}, **look)
+    left.set_xticks(range(1, len(views) + 1), list(views.groups))
     middle = views.median()
-    boxes = left.boxplot([area for _, area in views], widths=0.6, patch_artist=True, flierprops={"markersize": 3})
-    left.set_xticks(range(1, len(middle) + 1), middle.index)
-    for box, line in zip(boxes["boxes"], boxes["medians"], strict=True):
-        box.set(facecolor=TRUE, alpha=0.45)
-        line.set(color="black")
     least, most = middle.idxmin(), middle.idxmax()
     title = f"View {most} shows most car ({middle[most]:.1%}), view {least} least ({middle[least]:.1%})"
-    _label(left, title, "view", "area of the mask (share of the picture)")
-    cars = pictures.groupby("car")["area"].mean()
+    _label(left, title, "view", "area of the mask (share of the picture)", percent="y")
     right.hist(cars, bins=min(30, max(5, len(cars) // 4)), color=TRUE, edgecolor="white")
-    right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(right, f"Cars: {cars.min():.1%} to {cars.max():.1%}", "mean area over a car's views", "cars")
-    for axis in (left.yaxis, right.xaxis):
-        _percent(axis)
-    figure.get_layout_engine().set(w_pad=0.15)
-    left.get_gridspec().set_width_ratios([2, 1])
+    _label(right, f"Cars: {cars.min():.1%} to {cars.max():.1%}", "mean area over a car's views", "cars", percent="x")
     return figure
 
 
 def mean_mask(pictures: pd.DataFrame) -> Figure:
     """For every view, in how many pictures each place is car."""
     height, width = (max(1, round(pictures[side].median() / 8)) for side in ("height", "width"))
-    means = {view: _mean_of(rows, height, width) for view, rows in pictures.groupby("view")}
-    figure, axes = _grid(len(means), 8, height / width)
+    means = {}
+    for view, rows in pictures.groupby("view"):
+        masks = (rle.decode(row.rle, row.height, row.width).astype(np.float32) for row in rows.itertuples())
+        means[view] = sum(resize(mask, height, width) for mask in masks) / len(rows)
+    every = np.stack(list(means.values()))
+    never, always = (every.max(0) == 0).mean(), (every.min(0) > 0.999).mean()
+    text = f"{never:.0%} of the picture is never car, {always:.1%} always is"
+    figure, axes = _panels(len(means), 8, height / width, text, line=0.35, foot=0.7)
     for ax, (view, mean) in zip(axes, means.items(), strict=False):
         shown = ax.imshow(mean, cmap="cividis", vmin=0, vmax=1)
         ax.set_title(f"view {view}", fontsize=TEXT - 1)
     bar = figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=50, shrink=0.6, format=PercentFormatter(1))
     bar.set_label("cars that cover the place", fontsize=TEXT)
-    stack = np.stack(list(means.values()))
-    never, always = (stack.max(0) == 0).mean(), (stack.min(0) == 1).mean()
-    figure.suptitle(f"{never:.0%} of the picture is never car, {always:.1%} always is", fontsize=TEXT + 2)
     return figure
-
-
-def _mean_of(pictures: pd.DataFrame, height: int, width: int) -> np.ndarray:
-    total = np.zeros((height, width))
-    for row in pictures.itertuples():
-        mask = rle.decode(row.rle, row.height, row.width).astype(np.uint8)
-        total += resize(mask * np.uint8(255), height, width)
-    return total / 255 / len(pictures)
 
 
 def oddities(pictures: pd.DataFrame) -> pd.DataFrame:
     """What may be wrong with a mask: img, ratio, fragment, fragment_at, hole, hole_at; a row per picture.
 
-    ratio: area over what the view's middle and the car's other views let expect. fragment, hole: the largest patch apart
-    from the car and the largest gap in it, as a share of the mask; ..._at: (x, y) of its middle in pixels.
+    ratio: area over what the view's middle and the car's other views let expect. fragment, hole: the largest patch
+    apart from the car and the largest gap in it, in pixels; ..._at: (x, y) of its middle.
     """
     ratio = pictures["area"] / pictures.groupby("view")["area"].transform("median")
     ratio /= ratio.groupby(pictures["car"]).transform("median")
@@ -198,22 +118,26 @@ def oddities(pictures: pd.DataFrame) -> pd.DataFrame:
 
 def _patches(row) -> dict:
     mask = rle.decode(row.rle, row.height, row.width).astype(np.uint8)
-    wall = np.pad(1 - mask, 1, constant_values=1)  # the frame joins all wall that touches the picture's border
+    left, top, width, height = cv2.boundingRect(mask)
+    mask = mask[top : top + height, left : left + width]
+    wall = np.pad(1 - mask, 1, constant_values=1)  # the frame joins all wall that reaches it
     found = {}
     for name, image, shift in (("fragment", mask, 0), ("hole", wall, 1)):
         _, _, stats, centres = cv2.connectedComponentsWithStats(image, connectivity=4 if shift else 8)
-        sizes = stats[1:, cv2.CC_STAT_AREA]
-        second = sizes.argsort()[-2] if sizes.size > 1 else None
-        found[name] = sizes[second] / mask.sum() if second is not None else 0.0
-        found[f"{name}_at"] = tuple(centres[1 + second] - shift) if second is not None else None
+        second = stats[1:, cv2.CC_STAT_AREA].argsort()[-2:-1] + 1  # the largest is the car, or the wall around it
+        found[name] = int(stats[second, cv2.CC_STAT_AREA].sum())
+        found[f"{name}_at"] = tuple(centres[second].sum(0) - shift + (left, top))
     return found
 
 
 def odd_pictures(photos: Archive, pictures: pd.DataFrame, odd: pd.DataFrame, columns: int = 4) -> Figure:
     """The oddest masks of `oddities`: by area, by fragment, by hole, `columns` of each."""
     order = {"ratio": np.log(odd["ratio"].clip(lower=1e-6)).abs(), "fragment": odd["fragment"], "hole": odd["hole"]}
-    texts = {"ratio": "{:.2f} x the expected area", "fragment": "patch of {:.2%} of the mask", "hole": "gap of {:.2%}"}
-    figure, axes = _grid(3 * columns, columns, pictures["height"].iloc[0] / pictures["width"].iloc[0], 0.4)
+    texts = {"ratio": "{:.2f} x the expected area", "fragment": "patch of {} pixels", "hole": "gap of {} pixels"}
+    worst = np.expm1(order["ratio"].max()), odd["fragment"].max(), odd["hole"].max()
+    text = "The oddest of {} masks: area off by {:.0%}, patch of {}, gap of {} pixels"
+    aspect = pictures["height"].iloc[0] / pictures["width"].iloc[0]
+    figure, axes = _panels(3 * columns, columns, aspect, text.format(len(odd), *worst), line=0.4)
     for line, (name, values) in enumerate(order.items()):
         for ax, at in zip(axes[line * columns :], values[values > 0].nlargest(columns).index, strict=False):
             row = pictures.loc[at]
@@ -222,7 +146,272 @@ def odd_pictures(photos: Archive, pictures: pd.DataFrame, odd: pd.DataFrame, col
             if name != "ratio":
                 x, y = np.array(odd.loc[at, f"{name}_at"]) * image.shape[1] / row.width
                 ax.plot(x, y, "o", markersize=16, markerfacecolor="none", markeredgecolor=MARK, markeredgewidth=2)
-    off, fragment, hole = np.expm1(order["ratio"].max()), odd["fragment"].max(), odd["hole"].max()
-    found = f"areas off by {off:.0%}, patches of {fragment:.2%}, gaps of {hole:.2%} of the mask"
-    figure.suptitle(f"The oddest of {len(odd)} masks: up to {found}", fontsize=TEXT + 2)
     return figure
+
+
+def fold_balance(pictures: pd.DataFrame, folds: pd.DataFrame) -> Figure:
+    """Pictures and areas of every fold, held-out cars included; folds: table car, fold."""
+    fold_of = pictures["car"].map(folds.set_index("car")["fold"])
+    sizes, means = fold_of.value_counts().sort_index(), pictures.groupby(fold_of)["area"].mean()
+    names = ["held out" if fold == HOLDOUT else str(fold) for fold in sizes.index]
+    figure, (left, right) = _charts(1, 2, 3.6)
+    left.bar_label(left.bar(names, sizes, color=[fold_colour(fold) for fold in sizes.index]), fontsize=TEXT - 1)
+    left.margins(y=0.12)
+    kept = sizes[sizes.index != HOLDOUT]
+    _label(left, f"Folds hold {kept.min()} to {kept.max()} pictures", "fold", "pictures")
+    for at, (fold, rows) in enumerate(pictures.groupby(fold_of)):
+        cars = rows.groupby("car")["area"].mean().sort_values()
+        right.plot(at + np.linspace(-0.25, 0.25, len(cars)), cars, "o", markersize=3.5, color=fold_colour(fold))
+        right.hlines(means[fold], at - 0.35, at + 0.35, color="black", linewidth=1.5)
+    right.set_xticks(range(len(names)), names)
+    title = f"Mean areas lie between {means.min():.1%} and {means.max():.1%}"
+    _label(right, title, "fold", "a car's area (share of the picture)", percent="y")
+    return figure
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Loss, Dice, IoU and learning rate of one fold against epochs, from the untrained network at epoch 0 on."""
+    figure, (loss, dice, iou, lr) = _charts(2, 2, 5.6)
+    epochs, losses, best = history["epoch"], history["loss"].dropna(), history.loc[history["dice"].idxmax()]
+    for ax, name, text in ((dice, "dice", "Dice"), (iou, "iou", "IoU")):
+        values = _inside(history[name])
+        ax.plot(epochs, values, "o-", color=PREDICTED, markersize=4)
+        ax.plot(epochs[:1], values[:1], "o", color="white", markeredgecolor=PREDICTED, label="untrained")
+        ax.axvline(best["epoch"], color=MARK, linewidth=2, zorder=0, label=f"best Dice, epoch {best['epoch']:g}")
+        ax.legend(fontsize=TEXT - 1.5, loc="lower right")
+        title = f"Best {text} {best[name]:.6f}, untrained {history[name].iloc[0]:.6f}"
+        _label(ax, title, "epoch", f"mean {text} (logit scale)", scores={"y": values})
+    fell = f"Loss goes from {losses.iloc[0]:.4f} to {losses.iloc[-1]:.4f}" if len(losses) else "No loss yet"
+    _label(loss, fell, "epoch", "mean training loss")
+    _label(lr, f"Learning rate is at most {history['lr'].max():.2g}", "epoch", "learning rate")
+    for ax, name in ((loss, "loss"), (lr, "lr")):
+        ax.plot(epochs, history[name], "o-", color=DATA, markersize=4)
+    for ax in (loss, dice, iou, lr):
+        ax.set_xlim(-0.03 * max(1, epochs.max()), 1.03 * max(1, epochs.max()))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def overlays(photos: Archive, names, probabilities, masks=None, titles=None, threshold: float = 0.5) -> Figure:
+    """Photographs with what is wrong painted on them, or, where `masks` is None, with the predicted outline alone.
+
+    probabilities: (H, W) in [0, 1] for each of `names`; masks: (H, W) bool for each. With masks a second panel beside
+    each photograph shows where most pixels are wrong.
+    """
+    known, shares, wrong = masks is not None, [], np.zeros(2)
+    aspect = np.divide(*full_picture(photos, names[0]).shape[:2])
+    figure, axes = _panels(len(names) * (1 + known), 4 if known else 3, aspect, " ", line=0.35, foot=0.3 * known)
+    rows = zip(names, probabilities, masks if known else names, titles or names, strict=True)
+    for i, (name, probability, true, title) in enumerate(rows):
+        image, predicted = full_picture(photos, name), probability > threshold
+        shares.append(predicted.mean())
+        if not known:
+            _cropped(axes[i], image, predicted, PREDICTED, _around(predicted), title)
+            continue
+        for part, mask, colour in ((0, true & ~predicted, MISSED), (1, predicted & ~true, EXTRA)):
+            wrong[part] += mask.sum()
+            image[mask] = 0.25 * image[mask] + 0.75 * 255 * np.array(to_rgb(colour))
+        spot = _densest(true != predicted)
+        _cropped(axes[2 * i], image, true, TRUE, _around(true | predicted), title, spot)
+        _cropped(axes[2 * i + 1], image, true, TRUE, spot, "where most is wrong", halo=0)
+    text = f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the picture"
+    if known:
+        colours = {MISSED: "car missed", EXTRA: "wall taken for car", TRUE: "true edge"}
+        handles = [Patch(color=colour, label=text) for colour, text in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=TEXT, frameon=False)
+        text = f"Of the wrong pixels {wrong[0] / max(1, wrong.sum()):.0%} are car missed, the others wall taken for car"
+    figure._suptitle.set_text(text)
+    return figure
+
+
+def dice_by_view(scores: pd.DataFrame) -> Figure:
+    """Mean Dice of every view with its 95 % interval over cars."""
+    figure, (ax,) = _charts(1, 1, 3.4)
+    views = scores.groupby("view")
+    means, lows, highs = np.array([metrics.mean_over_cars(rows["dice"], rows["car"]) for _, rows in views]).T
+    ax.errorbar(range(len(views)), means, [means - lows, highs - means], **_DOTS)
+    ax.set_xticks(range(len(views)), list(views.groups))
+    worst, best = list(views.groups)[means.argmin()], list(views.groups)[means.argmax()]
+    title = f"Hardest is view {worst} with {means.min():.6f}, easiest view {best} with {means.max():.6f}"
+    _label(ax, title, "view", "mean Dice, 95 % interval over cars")
+    return figure
+
+
+def dice_by_car(scores: pd.DataFrame, named: int = 5) -> Figure:
+    """Mean Dice of every car, sorted, the worst `named` (at most a third of all) by name."""
+    figure, (ax,) = _charts(1, 1, 3.8)
+    cars = scores.groupby("car")["dice"].mean().sort_values()
+    worst = cars.head(max(1, min(named, len(cars) // 3)))
+    values, at = _inside(cars), np.arange(1, len(cars) + 1)
+    ax.plot(at, values, "o", color=PREDICTED, markersize=5)
+    ax.plot(at[: len(worst)], values[: len(worst)], "o", color=MARK, markersize=7)
+    listed = "\n".join(f"{car}  {dice:.6f}" for car, dice in worst.items())
+    ax.text(0.98, 0.06, listed, transform=ax.transAxes, ha="right", fontsize=TEXT - 1, family="monospace")
+    share = (1 - worst).sum() / max((1 - cars).sum(), 1e-12)
+    title = f"{share:.0%} of all lost Dice is lost on the worst {len(worst)} of {len(cars)} cars"
+    _label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)", scores={"y": values})
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def error_parts(scores: pd.DataFrame) -> Figure:
+    """What the wrong pixels are made of, by distance from the true edge."""
+    figure, (ax,) = _charts(1, 1, 3)
+    pixels = scores[list(PARTS)].mean()
+    shares = pixels / max(pixels.sum(), 1e-12)
+    bars = ax.barh(list(PARTS.values()), shares, color=[*EDGES, MISSED, EXTRA])
+    texts = [f"{share:.1%}, {count:,.0f} pixels a picture" for share, count in zip(shares, pixels, strict=True)]
+    ax.bar_label(bars, texts, fontsize=TEXT - 1, padding=3)
+    ax.set_xlim(0, max(shares.max(), 0.01) * 1.45)
+    ax.invert_yaxis()
+    title = f"{shares[['edge_1', 'edge_3']].sum():.0%} of the wrong pixels lie within 3 pixels of the true edge"
+    _label(ax, title, "share of the wrong pixels", percent="x")
+    return figure
+
+
+def dice_distribution(scores: pd.DataFrame) -> Figure:
+    """Dice of all pictures."""
+    figure, (ax,) = _charts(1, 1, 3.2)
+    values, middle, tail = _inside(scores["dice"]), scores["dice"].median(), scores["dice"].quantile(0.05)
+    logits = np.log(values / (1 - values))
+    edges = np.linspace(logits.min() - 0.05, logits.max() + 0.05, min(41, 6 + len(values) // 8))
+    ax.hist(values, bins=1 / (1 + np.exp(-edges)), color=PREDICTED, edgecolor="white")
+    ax.axvline(_inside([middle])[0], color=MARK, linewidth=2)
+    title = f"Half of the pictures reach {middle:.6f}, one in twenty stays below {tail:.6f}"
+    _label(ax, title, "Dice of a picture (logit scale)", "pictures", scores={"x": values})
+    return figure
+
+
+def gains(table: pd.DataFrame) -> Figure:
+    """What the ensemble gains over each simpler variant, with paired 95 % intervals; table of evaluation.gains."""
+    figure, (ax,) = _charts(1, 1, 1.4 + 0.4 * max(1, len(table)))
+    table = table.sort_values("gain", ignore_index=True)
+    reach = [table["gain"] - table["low"], table["high"] - table["gain"]]
+    ax.errorbar(table["gain"], table.index, xerr=reach, **_DOTS)
+    ax.set_yticks(table.index, "over " + table["variant"])
+    ax.set_ylim(-0.5, max(1, len(table)) - 0.5)
+    ax.axvline(0, color="black", linewidth=1)
+    title = f"The ensemble is surely better than {(table['low'] > 0).sum()} of {len(table)} simpler variants"
+    _label(ax, title if len(table) else "Nothing to compare", "gain in mean Dice, 95 % interval over cars")
+    return figure
+
+
+def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
+    """Predicted areas of test pictures against areas of training masks; `area` of both tables is a share."""
+    figure, (ax,) = _charts(1, 1, 3.2)
+    bins = np.linspace(0, max(test["area"].max(), train["area"].max(), 0.01), 41)
+    for table, colour, text in ((train, TRUE, "training masks"), (test, PREDICTED, "predicted test masks")):
+        shares = np.full(len(table), 1 / len(table))
+        ax.hist(table["area"], bins, weights=shares, color=colour, alpha=0.55, label=f"{len(table)} {text}")
+        ax.axvline(table["area"].median(), color=colour, linewidth=2)
+    ax.legend(fontsize=TEXT - 1)
+    beyond = (~test["area"].between(train["area"].min(), train["area"].max())).sum()
+    middles = f"{test['area'].median():.1%} against {train['area'].median():.1%}"
+    title = f"Middle area {middles} in training; {beyond} of {len(test)} outside the training range"
+    _label(ax, title, "area of the mask (share of the picture)", "share of the pictures", percent="xy")
+    return figure
+
+
+_DOTS = {"fmt": "o", "color": PREDICTED, "ecolor": DATA, "capsize": 3, "markersize": 6}
+
+
+def _charts(rows: int, columns: int, height: float, **layout) -> tuple[Page, list[Axes]]:
+    figure = Page(figsize=(WIDTH, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=TEXT - 1)
+        ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _label(ax: Axes, title: str, x: str, y: str = "", percent: str = "", scores: dict | None = None) -> None:
+    """Title and axes; percent: axes that show shares; scores: axes on a logit scale, with the values on them.
+
+    The logit scale leaves room for 0.99 and for 0.999; it is labelled with plain scores.
+    """
+    ax.set_title(title, loc="left", fontsize=TEXT + 1, fontweight="bold")
+    ax.set_xlabel(x, fontsize=TEXT)
+    ax.set_ylabel(y, fontsize=TEXT)
+    for name in percent:
+        getattr(ax, f"{name}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    for name, values in (scores or {}).items():
+        low, high = values.min(), values.max()
+        round_ones = [0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995]
+        ticks = [tick for tick in round_ones if low <= tick <= high]
+        if len(ticks) < 4:
+            ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if 0 < tick < 1]
+        ax.set(**{f"{name}scale": "logit"})
+        axis = getattr(ax, f"{name}axis")
+        axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 8)]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def _inside(values: Iterable[float]) -> np.ndarray:
+    """Scores as a logit scale can show them: strictly between 0 and 1."""
+    return np.clip(np.asarray(values, dtype=float), 1e-3, 1 - 1e-5)
+
+
+def _panels(count, columns, aspect, text: str, line: float = 0.25, foot: float = 0) -> tuple[Page, list[Axes]]:
+    """Panels for pictures of height / width = `aspect`, with `line` inches for each title and `foot` below all."""
+    columns = max(1, min(columns, count))
+    rows, width = -(-count // columns), min(WIDTH, max(5, 3.2 * columns))
+    figure = Page(figsize=(width, rows * (width / columns * aspect + line) + 0.35 + foot), layout="constrained")
+    figure.suptitle(text, x=0.01, ha="left", fontsize=TEXT + 1, fontweight="bold")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def _reduced(photos: Archive, row, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
+    """Photograph and soft mask of a row of the index, `width` pixels wide, on one grid."""
+    grid = Grid(row.height, row.width, max(1, round(width * row.height / row.width)), width)
+    image = picture(photos, row.img, grid.height, grid.width)[0]
+    return image, grid.soft_target(rle.decode(row.rle, row.height, row.width)) / 255
+
+
+def _outlined(ax: Axes, image: np.ndarray, soft: np.ndarray, colour: str, title: str, halo: float = 2.4) -> None:
+    """A picture (H, W, 3) and the line, on a white one, where `soft`, (H, W) in [0, 1], passes 0.5."""
+    ax.imshow(image)
+    ax.set_title(title, fontsize=TEXT - 1.5)
+    if soft.min() < 0.5 < soft.max():
+        line = ax.contour(soft, [0.5], colors=[colour], linewidths=1.3)
+        line.set_path_effects([withStroke(linewidth=halo, foreground="white", alpha=0.8)])
+
+
+def _cropped(ax: Axes, image, mask, colour: str, window, title: str, marked=None, halo: float = 2.4) -> None:
+    """One panel: a window of a picture with an outline, and a frame around the window `marked`."""
+    top, left, height, width = window
+    scale = min(1, 480 / width)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    crop = np.s_[top : top + height, left : left + width]
+    soft = resize(mask[crop].astype(np.float32), *size)
+    _outlined(ax, resize(np.ascontiguousarray(image[crop]), *size), soft, colour, title, halo)
+    if marked:
+        corner = (marked[1] - left) * scale, (marked[0] - top) * scale
+        ax.add_patch(Rectangle(corner, marked[3] * scale, marked[2] * scale, fill=False, color=MARK, linewidth=2))
+
+
+def _around(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a window of the picture's shape around a mask; all of it for an empty mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not rows.size:
+        return 0, 0, *mask.shape
+    share = 1.08 * max((np.ptp(rows) + 1) / mask.shape[0], (np.ptp(columns) + 1) / mask.shape[1])
+    return _window(mask.shape, (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2, share)
+
+
+def _densest(wrong: np.ndarray, share: float = 0.125) -> tuple[int, int, int, int]:
+    """The window, `share` of the picture's sides, with most wrong pixels."""
+    size = tuple(max(1, round(side * share)) for side in wrong.shape)
+    density = cv2.boxFilter(wrong.astype(np.float32), -1, size[::-1], borderType=cv2.BORDER_CONSTANT)
+    return _window(wrong.shape, *np.unravel_index(density.argmax(), density.shape), share)
+
+
+def _window(shape: tuple[int, int], y: float, x: float, share: float) -> tuple[int, int, int, int]:
+    height, width = (max(2, round(side * min(1, share))) for side in shape)
+    top, left = round(y - height / 2), round(x - width / 2)
+    return min(max(0, top), shape[0] - height), min(max(0, left), shape[1] - width), height, width

@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from carvana import submission
-from carvana.files import UserError, need_space, nearest, read_json, sha256, write_json, write_text
+from carvana.files import UserError, nearest, need_space, read_json, sha256, stamp, write_json, write_text
 
 COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
@@ -52,12 +51,12 @@ def credentials_source() -> str:
 
 
 def _token_source() -> str | None:
-    home, given = Path("~/.kaggle").expanduser(), os.environ.get
-    if given("KAGGLE_KERNEL_RUN_TYPE") and given("KAGGLE_DATA_PROXY_URL") and Path(given("KAGGLE_API_V1_TOKEN", "")).is_file():
-        return "the session of the Kaggle notebook"
-    if given("KAGGLE_API_TOKEN"):
+    notebook = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
+    if all(os.environ.get(name) for name in notebook) and Path(os.environ[notebook[-1]]).is_file():
+        return "this Kaggle notebook"
+    if os.environ.get("KAGGLE_API_TOKEN"):
         return "the environment variable KAGGLE_API_TOKEN"
-    files = (home / "access_token", home / "access_token.txt")
+    files = [Path("~/.kaggle").expanduser() / name for name in ("access_token", "access_token.txt")]
     return next((str(file) for file in files if file.is_file() and file.read_text().strip()), None)
 
 
@@ -88,7 +87,7 @@ def _stored_key(path: Path) -> dict:
         return {}
     stored = read_json(path)
     if not isinstance(stored, dict) or not all(stored.get(field) for field in ("username", "key")):
-        raise UserError(f"{path} must hold a username and a key, as kaggle.json.example does. Download it from {SETTINGS}.")
+        raise UserError(f"{path} must hold username and key, like kaggle.json.example. Download it from {SETTINGS}.")
     if stored["username"] == "your-kaggle-username":
         raise UserError(f"{path} still holds the example. Put your own username and key from {SETTINGS} there.")
     return stored
@@ -106,9 +105,9 @@ def client() -> Any:
             api.config = str(_config_file())  # the class keeps the one of its import
             api.authenticate()
     except SystemExit:
-        raise UserError(f"Kaggle's client cannot use the credentials of {source}. Create new ones at {SETTINGS}.") from None
+        raise UserError(f"Kaggle refused the credentials of {source}. Create new ones at {SETTINGS}.") from None
     except ImportError as error:
-        raise UserError(f"The package kaggle does not work ({_scrub(error)}). Install requirements.txt again.") from None
+        raise UserError(f"Package kaggle does not work ({_scrub(error)}). Install requirements.txt again.") from None
     except Exception as error:
         raise _refusal(error, "Signing in") from None
     return api
@@ -163,7 +162,8 @@ def _status(error: BaseException) -> int:
 def _passing(error: BaseException) -> bool:
     """Whether it may go away: too many requests, server trouble, a broken line, a page that is no answer."""
     status = _status(error)
-    return status == 429 or status >= 500 or (status < 400 and isinstance(error, requests.RequestException | ValueError))
+    no_answer = status < 400 and isinstance(error, requests.RequestException | ValueError)
+    return no_answer or status == 429 or status >= 500
 
 
 def _pause(error: BaseException, failures: int) -> float:
@@ -185,8 +185,8 @@ def _refusal(error: BaseException, what: str) -> UserError:
         return UserError(f"{what}: {advice[status]} ({status}: {said})")
     if status >= 500:
         return UserError(f"{what}: Kaggle is in trouble ({status}: {said}). Start again later.")
-    if not status and isinstance(error, requests.RequestException) and not isinstance(error, ValueError):
-        return UserError(f"{what}: Kaggle cannot be reached ({type(error).__name__}). Check the network and start again.")
+    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        return UserError(f"{what}: the line to Kaggle fails ({type(error).__name__}). Check the network, start again.")
     return UserError(f"{what}: {said or type(error).__name__}. Start again; if it stays, see {PAGE}.")
 
 
@@ -198,3 +198,204 @@ def _scrub(error: BaseException | str) -> str:
     for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN"):
         text = text.replace(os.environ.get(name) or "\n", "***")
     return text[:200]
+
+
+def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = False) -> list[Path]:
+    """Bring the files of the competition into `data_dir` (hq: the pictures in high quality); returns their paths.
+
+    What is there and sound is kept; what arrives is checked before it gets its name. `download.json` lists what was verified.
+    """
+    data_dir, kind = Path(data_dir), "_hq" if hq else ""
+    api = client()
+    sizes = list_files(api)
+    names = [_listed(name, sizes) for name in files or (f"train{kind}.zip", *TABLES, f"test{kind}.zip")]
+    known = _manifest(data_dir)
+    paths = {name: _present(data_dir, name, sizes[name], known) for name in names}
+    need_space(data_dir, sum(sizes[name] for name in names if not paths[name]))
+    for name in names:
+        what = "is there" if paths[name] else "has arrived"
+        path = paths[name] = paths[name] or _fetch(api, data_dir, name, sizes[name])
+        print(f"{path} {what}, {path.stat().st_size / 1e6:.1f} MB, verified")
+        if path.name not in known:
+            known[path.name] = dict(zip(("name", "size", "time"), *stamp(path), strict=True)) | {"sha256": sha256(path)}
+            write_json(data_dir / "download.json", list(known.values()))
+    return list(paths.values())
+
+
+def list_files(api: Any) -> dict[str, int]:
+    """Name -> bytes of every file of the competition, from all pages of the listing."""
+    sizes, token, seen = {}, "", set()
+    while token not in seen:  # a server that repeats a page must not hold us for ever
+        seen.add(token)
+        page = ask("The list of files", api.competition_list_files, COMPETITION, page_token=token)
+        sizes |= {file.name: file.total_bytes for file in page.files}
+        token = page.next_page_token or ""
+    return sizes
+
+
+def _listed(name: str, sizes: dict[str, int]) -> str:
+    """Kaggle has served the same file as NAME and as NAME.zip."""
+    for known in (name, f"{name}.zip", name.removesuffix(".zip")):
+        if known in sizes:
+            return known
+    raise UserError(f"{name} is no file of the competition{nearest(name, sizes)}. It has {', '.join(sizes)}.")
+
+
+def _manifest(data_dir: Path) -> dict[str, dict]:
+    """Entries of `download.json` whose files have not changed since they were verified."""
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        entries = {entry["name"]: entry for entry in read_json(data_dir / "download.json")}
+        now = {name: size_and_time for name, *size_and_time in stamp(data_dir)}
+        return {name: entry for name, entry in entries.items() if now.get(name) == [entry["size"], entry["time"]]}
+    return {}
+
+
+def _present(data_dir: Path, name: str, size: int, known: dict) -> Path | None:
+    paths = [data_dir / Path(name).name, data_dir / f"{Path(name).name}.zip"]
+    return next((path for path in paths if path.name in known or (path.is_file() and not _fault(path, size))), None)
+
+
+def _fault(path: Path, size: int) -> str:
+    """What is wrong with a file, "" if nothing; size: bytes by the listing, packed or unpacked, 0 unknown."""
+    try:
+        sizes, broken = [path.stat().st_size], "not a zip file" if path.suffix == ".zip" else ""
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                sizes.append(sum(member.file_size for member in archive.infolist()))
+                broken = archive.testzip()
+    except submission.BROKEN as error:
+        broken = str(error)
+    if broken:
+        return f"is broken: {broken}"
+    return "" if size in (0, *sizes) else f"has {sizes[0]} bytes, not {size}"
+
+
+def _fetch(api: Any, data_dir: Path, name: str, size: int) -> Path:
+    """Download into a folder of its own, where a killed download goes on; verified before it is moved."""
+    folder = data_dir / ".download" / Path(name).name
+
+    def grown() -> int:
+        return sum(file.stat().st_size for file in folder.glob("*"))
+
+    arrived = ask(name, _transfer, api, folder, name, size, grown=grown)
+    final = Path(name).name + ".zip" * (zipfile.is_zipfile(arrived) and not name.endswith(".zip"))
+    path = arrived.replace(data_dir / final)
+    shutil.rmtree(folder)
+    return path
+
+
+def _transfer(api: Any, folder: Path, name: str, size: int) -> Path:
+    """One try; ValueError where what arrived is not the file, of which then nothing is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        api.competition_download_file(COMPETITION, name, path=str(folder), quiet=False)
+        arrived = next((file for file in folder.iterdir() if file.suffix != ".kaggle-partial"), folder / name)
+        if fault := _fault(arrived, size):
+            raise ValueError(f"what arrived {fault}")
+    except ValueError:
+        shutil.rmtree(folder)
+        raise
+    return arrived
+
+
+def submit(
+    path: str | Path, message: str, sample: str | Path, submissions_dir: str | Path, run: str = "", yes: bool = False,
+    height: int = 1280, width: int = 1918, wait_minutes: float = 10
+) -> dict:
+    """Validate, ask (unless `yes`), upload once, wait for the score; returns the row that it adds to `ledger.csv`.
+
+    UserError where the file is not valid, Kaggle refuses or rejects it, or nobody is there to confirm.
+    """
+    path, ledger = Path(path), Path(submissions_dir) / "ledger.csv"
+    check = submission.validate(path, sample, height, width)
+    if not check.ok:
+        raise UserError(f"{path} is not uploaded. {check.problems[0]}.")
+    api = client()
+    _confirm(api, path, check, yes)
+    mark = secrets.token_hex(4)
+    values = (datetime.now(UTC).isoformat(timespec="seconds"), run, path.name, sha256(path), f"{message} [{mark}]")
+    row = dict(zip(LEDGER, (*values, "", "pending", "", ""), strict=True))
+    row["ref"] = _upload(api, path, row["message"], mark)
+    _record(ledger, row)  # before the wait: a killed run must not lose it
+    reason = _wait(api, mark, row, time.monotonic() + 60 * wait_minutes)
+    _record(ledger, row)
+    if row["status"] == "error":
+        raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {_scrub(reason)}. Mend the file first.")
+    scores = f"public {row['public_score'] or '-'}, private {row['private_score'] or '-'}"
+    print(f"{path}: submission {row['ref']} is {row['status']}, {scores} ({ledger})")
+    return row
+
+
+def _confirm(api: Any, path: Path, check: submission.Validation, yes: bool) -> None:
+    left = _allowed(api)
+    if left == 0:
+        raise UserError(f"{path} is not uploaded: no submission is left today. The limit ends at midnight UTC.")
+    print(*check.lines(), sep="\n")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; submissions left today: {'unknown' if left is None else left}")
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{path} is not uploaded: nobody is there to confirm. Say yes in advance (yes=True, --yes).")
+    if input("Upload it to Kaggle? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError(f"{path} is not uploaded: not confirmed. Answer y to upload it.")
+
+
+def _allowed(api: Any) -> int | None:
+    """Submissions left today; None where unknown, also for a team without any: the service says 0 then."""
+    with contextlib.suppress(UserError, AttributeError):
+        limits = ask("The daily limit", api.competition_get_submission_limits, COMPETITION)
+        return limits.num_allowed_now if limits.num_allowed_now or limits.num_today else None
+    return None
+
+
+def _upload(api: Any, path: Path, description: str, mark: str) -> int:
+    """Number of the submission. Sends once: whether a lost answer was a success is looked up under `mark`."""
+    try:
+        with _tamed():
+            answer = api.competition_submit(str(path), description, COMPETITION, quiet=True)
+        ref, said = answer.ref, answer.message or "no reason given"  # a refusal looks like a success, without ref
+    except (Exception, SystemExit) as error:
+        if 400 <= _status(error) < 500:
+            raise _refusal(error, f"Upload of {path}") from None
+        ref, said = 0, str(error)
+    for seconds in (0, 2, 4):  # the list may be a little late
+        if not ref:
+            time.sleep(seconds)
+            ref = getattr(_find(api, mark), "ref", 0)
+    if not ref:
+        raise UserError(f"{path}: Kaggle did not take it ({_scrub(said)}). Look for [{mark}] at {PAGE}/submissions.")
+    return ref
+
+
+def _find(api: Any, mark: str) -> Any:
+    what = f"Whether [{mark}] has arrived at {PAGE}/submissions is unknown"
+    found = ask(what, api.competition_submissions, COMPETITION)
+    return next((entry for entry in found or [] if entry and mark in (entry.description or "")), None)
+
+
+def _wait(api: Any, mark: str, row: dict, deadline: float) -> str:
+    """Look until scored, rejected or `deadline`; fills status and scores of `row`, returns Kaggle's reason."""
+    while True:
+        with contextlib.suppress(UserError):  # the submission stands, whatever happens to the look
+            if found := _find(api, mark):
+                status = getattr(found.status, "name", "PENDING").lower()  # a new kind of status has no name
+                values = (status, found.public_score or "", found.private_score or "")
+                row |= zip(LEDGER[-3:], values, strict=True)
+                if row["status"] != "pending":
+                    return found.error_description or ""
+        if time.monotonic() >= deadline:
+            return ""
+        time.sleep(POLL)
+
+
+def _record(ledger: Path, row: dict) -> None:
+    """Add a row to the ledger, in place of the one with the same ref."""
+    rows = []
+    if ledger.is_file():
+        with ledger.open(newline="") as file:
+            rows = [old for old in csv.DictReader(file) if old.get("ref") != str(row["ref"])]
+    text = io.StringIO()
+    table = csv.DictWriter(text, LEDGER, restval="", extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows([*rows, row])
+    write_text(ledger, text.getvalue())

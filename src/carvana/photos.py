@@ -165,7 +165,7 @@ def index(data_dir: Path, hq: bool = False, exclude: Path | None = None) -> pd.D
     sizes = [size(photos, name) for name in names]
     masks = _masks(data_dir, names, dict(zip(names, sizes, strict=True)))
     pictures = pd.DataFrame({"img": names, "height": [s[0] for s in sizes], "width": [s[1] for s in sizes]})
-    pictures[["car", "view"]] = [car_and_view(name) for name in names]
+    pictures["car"], pictures["view"] = zip(*map(car_and_view, names), strict=True)
     pictures["rle"] = [masks[name] for name in names]
     pictures["area"] = [_area(photos.path, row) for row in pictures.itertuples()]
     return pictures

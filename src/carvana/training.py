@@ -114,7 +114,7 @@ class Fold:
 
     def save(self) -> None:
         """Write state.pt, from which alone training goes on."""
-        state = {name: getattr(self, name) for name in ("step", "seconds", "losses", "data")}
+        state = {name: getattr(self, name) for name in ("step", "seconds", "losses", "history", "data")}
         state |= {"recipe": asdict(self.recipe), "optimizer": self.optimizer.state_dict()}
         state |= {"model": self.accelerator.unwrap_model(self.model).state_dict(), "random": torch.get_rng_state()}
         if self.ema:
@@ -140,9 +140,8 @@ class Fold:
             self.ema.module.load_state_dict(state["ema"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
-        rows = pd.read_csv(self.folder / "history.csv", float_precision="round_trip").to_dict("records")
-        self.history = [row for row in rows if row["step"] <= self.step]
+        for name in ("step", "seconds", "losses", "history"):
+            setattr(self, name, state[name])
 
     def _check_same(self, path: Path, state: dict) -> None:
         wanted = asdict(self.recipe)

@@ -1,0 +1,74 @@
+"""A tiny competition in the real layout, a recipe that trains on it in seconds, and where real photographs are."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from carvana import rle
+from carvana.recipe import Recipe
+
+HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
+
+RECIPE = {
+    "arch": "unet", "encoder": "resnet18", "encoder_weights": "", "decoder_channels": "16,8,8,8,8",
+    "height": 96, "width": 128, "epochs": 3, "batch_size": 4, "accumulate": 1, "lr": 3e-3, "optimizer": "adamw",
+    "weight_decay": 0.01, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0, "loss": "bce_dice", "ema": 0.9,
+    "amp": "no", "hflip": 0.5, "crop_height": 0, "crop_width": 0, "brightness": 0.2, "contrast": 0.2, "scale": 0.1,
+    "shift": 0.05, "rotate": 3.0, "validate_every": 1, "seed": 1,
+}  # fmt: skip
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe.of(RECIPE | changes)
+
+
+def ellipse(car: int, view: int) -> np.ndarray:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    wide, high = 25 + 5 * view, 18 + 2 * car
+    return ((x - WIDTH / 2 - car) / wide) ** 2 + ((y - HEIGHT / 2) / high) ** 2 < 1
+
+
+def write_competition(folder: Path, cars: int = 4, test_cars: int = 1, gifs: bool = True) -> Path:
+    """Bright noisy ellipses on a dark wall; car i is named by i + 1 in twelve hex digits."""
+    random = np.random.default_rng(0)
+    rows = {"train": [], "test": []}
+    for i in range(cars + test_cars):
+        part = "train" if i < cars else "test"
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for view in range(1, VIEWS + 1):
+            name, mask = f"{i + 1:012x}_{view:02d}", ellipse(i, view)
+            image = np.where(mask[..., None], 200, 60) + random.integers(-30, 30, (HEIGHT, WIDTH, 3))
+            Image.fromarray(image.astype(np.uint8)).save(folder / part / f"{name}.jpg", quality=95, subsampling=0)
+            rows[part].append((f"{name}.jpg", rle.encode(mask)))
+            if gifs and part == "train":
+                (folder / "train_masks").mkdir(exist_ok=True)
+                gif = Image.fromarray(mask.astype(np.uint8)).convert("P")
+                gif.putpalette([0, 0, 0, 255, 255, 255])
+                gif.save(folder / "train_masks" / f"{name}_mask.gif")
+    for part, file in (("train", "train_masks"), ("test", "truth")):
+        pd.DataFrame(rows[part], columns=["img", "rle_mask"]).to_csv(folder / f"{file}.csv", index=False)
+    sample = pd.DataFrame({"img": [name for name, _ in rows["test"]], "rle_mask": "1 1"})
+    sample.to_csv(folder / "sample_submission.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def competition(tmp_path) -> Path:
+    return write_competition(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_competition(tmp_path_factory) -> Path:
+    return write_competition(tmp_path_factory.mktemp("competition"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = os.environ.get("CARVANA_REAL_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("CARVANA_REAL_DATA names no folder of real photographs")
+    return Path(folder)

@@ -1,0 +1,239 @@
+"""A small Kaggle on 127.0.0.1, and the net that keeps the real client away from the real service.
+
+    with guarded(monkeypatch, tmp_path) as fake:
+        fake.files["train.zip"] = b"..."
+        fake.faults["ListDataFiles"] = ["503"]     # what goes wrong with the next calls, in this order
+
+The client runs unchanged over HTTP. Three layers hold it here: no home and no variable with real credentials, proxies
+that lead nowhere, and sockets that refuse every address but the own machine.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+USER, KEY = "tester", "0f00ba12SECRETKEYdeadbeef"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CHUNK = 1 << 20  # the client writes chunks of this size: a body cut earlier leaves nothing on the disk
+
+
+class Request(NamedTuple):
+    method: str
+    name: str  # the API method, or the path
+    headers: dict
+    body: bytes
+
+
+class FakeKaggle:
+    """State of the service; the handler below only speaks HTTP."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}  # where the listing says something else than the file
+        self.page_size = 2
+        self.faults: dict[str, list[str]] = {}
+        self.requests: list[Request] = []
+        self.submissions: list[dict] = []
+        self.verdict = {"status": "COMPLETE", "publicScore": "0.997012", "privateScore": "0.996543"}
+        self.pending = 1  # looks until the verdict
+        self.limits = {"numToday": 1, "numTotal": 7, "numAllowedNow": 4}
+        self.uploaded: list[bytes] = []
+        self.at_once = 1 << 40  # bytes until the line breaks
+        self.port = 0
+        self.stalled = threading.Event()  # set at the end, so that no thread is left behind
+
+    def calls(self, name: str) -> int:
+        return sum(request.name == name for request in self.requests)
+
+    def fault(self, name: str) -> str:
+        plan = self.faults.get(name, [])
+        return plan.pop(0) if plan else ""
+
+    def listdatafiles(self, body: dict) -> dict:
+        first = int(body.get("pageToken") or 0)
+        names = list(self.files)
+        page = [
+            {"name": name, "totalBytes": self.sizes.get(name, len(self.files[name]))}
+            for name in names[first : first + self.page_size]
+        ]
+        more = first + self.page_size < len(names)
+        return {"files": page, "nextPageToken": str(first + self.page_size) if more else ""}
+
+    def startsubmissionupload(self, body: dict) -> dict:
+        return {"token": "blob-1", "createUrl": f"http://localhost:{self.port}/upload/1?signature=abc"}
+
+    def createsubmission(self, body: dict) -> dict:
+        ref = 1000 + len(self.submissions)
+        self.submissions.insert(0, {"ref": ref, "description": body["submissionDescription"], "looks": 0})
+        return {"message": "Successfully submitted", "ref": ref}
+
+    def listsubmissions(self, body: dict) -> dict:
+        for entry in self.submissions:
+            entry["looks"] += 1
+        return {"submissions": [self.shown(entry) for entry in self.submissions]}
+
+    def shown(self, entry: dict) -> dict:
+        verdict = self.verdict if entry["looks"] > self.pending else {"status": "PENDING"}
+        return {"ref": entry["ref"], "description": entry["description"], **verdict}
+
+    def getsubmissionlimits(self, body: dict) -> dict:
+        return self.limits
+
+    def introspecttoken(self, body: dict) -> dict:
+        return {"active": True, "username": USER}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    @property
+    def fake(self) -> FakeKaggle:
+        return self.server.fake
+
+    def note(self, name: str) -> bytes:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.fake.requests.append(Request(self.command, name, dict(self.headers), body))
+        return body
+
+    def answer(self, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def go_wrong(self, fault: str) -> bool:
+        """Faults that any request may meet; True when one was played."""
+        if fault.isdigit():
+            message = {"code": int(fault), "message": f"no {fault}"}
+            self.answer(int(fault), json.dumps(message).encode(), Retry_After="3")
+        elif fault == "html":
+            self.answer(200, b"<html>please log in</html>", "text/html")
+        elif fault == "drop":
+            self.close_connection = True
+        elif fault == "stall":
+            self.fake.stalled.wait(20)
+            self.close_connection = True
+        else:
+            return False
+        return True
+
+    def do_POST(self):
+        name = self.path.rsplit("/", 1)[-1]
+        body = json.loads(self.note(name) or b"{}")
+        fault = self.fake.fault(name)
+        if self.go_wrong(fault):
+            return
+        if name == "DownloadDataFile":
+            where = f"http://localhost:{self.fake.port}/storage/{body['fileName']}?signature=abc"
+            self.answer(302, b"", Location=where)
+            return
+        if fault == "refused":
+            self.answer(200, json.dumps({"message": "You have no submissions left", "ref": 0}).encode())
+            return
+        reply = getattr(self.fake, name.lower())(body)
+        if fault == "lost":  # done, but the answer never arrives
+            self.close_connection = True
+            return
+        self.answer(200, json.dumps(reply).encode())
+
+    def do_PUT(self):
+        body = self.note("upload")
+        if not self.go_wrong(self.fake.fault("upload")):
+            self.fake.uploaded.append(body)
+            self.answer(200, b"")
+
+    def do_GET(self):
+        self.note("storage")
+        fault = self.fake.fault("storage")
+        whole = self.fake.files[self.path.split("?")[0].removeprefix("/storage/")]
+        if fault == "expired":
+            self.answer(403, b"<Error>Request has expired</Error>", "application/xml")
+        elif fault == "short":  # no length, so the client cannot notice
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(whole[: len(whole) // 2])
+            self.close_connection = True
+        elif not self.go_wrong(fault):
+            self.send_range(whole, int(fault.removeprefix("cut:")) if fault else len(whole))
+
+    def send_range(self, whole: bytes, stop: int) -> None:
+        """The body from Range on; promised whole, but the line breaks at `stop`."""
+        first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.send_response(206 if first else 200)
+        for name, value in {"ETag": '"v1"', "Accept-Ranges": "bytes", "Content-Type": "application/zip"}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(whole) - first))
+        self.end_headers()
+        stop = min(stop, first + self.fake.at_once)
+        self.wfile.write(whole[first:stop])
+        self.close_connection = stop < len(whole)
+
+
+def block_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets reach the own machine only."""
+
+    def only_loopback(call, host_of):
+        def checked(*values, **options):
+            host = host_of(values)
+            if isinstance(host, bytes):
+                host = host.decode()
+            assert host in (*LOOPBACK, None), f"a test tried to reach {host}"
+            return call(*values, **options)
+
+        return checked
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_loopback(socket.getaddrinfo, lambda values: values[0]))
+    for name in ("connect", "connect_ex"):
+        call = getattr(socket.socket, name)
+        monkeypatch.setattr(socket.socket, name, only_loopback(call, lambda values: values[1][0]))
+
+
+def hide_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty home and none of the variables that the client reads; returns the home."""
+    for name in [name for name in os.environ if name.startswith("KAGGLE") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    (home / ".kaggle").mkdir(parents=True)
+    for name, value in {"HOME": home, "KAGGLE_CONFIG_DIR": home / ".kaggle"}.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    return home
+
+
+@contextlib.contextmanager
+def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A running `FakeKaggle` which is all that the client, with a false key, can reach."""
+    hide_credentials(monkeypatch, tmp_path)
+    monkeypatch.setenv("KAGGLE_USERNAME", USER)
+    monkeypatch.setenv("KAGGLE_KEY", KEY)
+    block_network(monkeypatch)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.fake = fake = FakeKaggle()
+    fake.port = server.server_address[1]
+    from kagglesdk import kaggle_env  # has no side effects, unlike kaggle
+
+    for name in kaggle_env._env_to_endpoint:
+        monkeypatch.setitem(kaggle_env._env_to_endpoint, name, f"http://127.0.0.1:{fake.port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield fake
+    finally:
+        fake.stalled.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from carvana import models
+from carvana.files import UserError
+
+SMALL = models.Network("unet", "resnet18", "16,8,8,8,8", 64, 96)
+
+
+def test_classic_unet_has_31_million_parameters_and_keeps_the_size():
+    model = models.Segmenter(models.Network("classic_unet", "", "", 64, 64)).eval()
+    assert 30.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 31.1e6
+    assert model(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize("arch", ["unet", "unetplusplus", "fpn", "linknet", "deeplabv3plus", "manet"])
+def test_architectures_by_name_turn_pictures_into_logits(arch):
+    network = models.Network(arch, "resnet18", "", 64, 96)
+    assert models.Segmenter(network).eval()(torch.zeros(2, 64, 96, 3, dtype=torch.uint8)).shape == (2, 64, 96)
+
+
+def test_pictures_reach_the_network_normalised_as_its_encoder_was_trained():
+    seen = []
+    model = models.Segmenter(models.Network("unet", "tu-tf_efficientnet_lite0", "16,8,8,8,8", 32, 32)).eval()
+    model.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(3).repeat(512).reshape(1, 32, 32, 3))
+    assert seen[0].unique().tolist() == pytest.approx([-1, 1])
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (("unte", "resnet18", "", 64, 64), 'arch "unte" is unknown, did you mean "unet"'),
+        (("unet", "resnt18", "", 64, 64), 'encoder "resnt18" is unknown, did you mean "resnet18"'),
+        (("unet", "tu-resnt18", "", 64, 64), 'encoder "tu-resnt18" is unknown, did you mean "tu-resnet18"'),
+        (("unet", "resnet18", "", 100, 64), "height is 100, .* multiple of 32; the nearest is 96"),
+        (("unet", "resnet18", "a,b", 64, 64), 'decoder_channels is "a,b"'),
+        (("unet", "resnet18", "8,8", 64, 64), "cannot be built"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_one_line(network, message):
+    with pytest.raises(UserError, match=message):
+        models.Segmenter(models.Network(*network))
+
+
+@pytest.mark.filterwarnings("ignore:`timm-` encoders")
+@pytest.mark.parametrize("encoder", ["timm-tf_efficientnet_lite0", "tu-tf_efficientnet_lite0"])
+def test_timm_weights_match_under_both_families_of_names(encoder, real_data):
+    model = models.Segmenter(models.Network("unet", encoder, "16,8,8,8,8", 64, 64))
+    sentence = models.load_encoder(model, real_data / "weights" / "tf_efficientnet_lite0.safetensors")
+    matched, total = (int(word) for word in sentence.split() if word.isdigit())
+    assert matched == total > 200
+
+
+def test_weights_from_pth_and_safetensors_are_loaded(tmp_path):
+    model = models.Segmenter(SMALL)
+    wanted = {name: torch.full(tensor.shape, 3) for name, tensor in model.net.encoder.state_dict().items()}
+    torch.save({"state_dict": wanted}, tmp_path / "w.pth")
+    save_file(wanted, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        model = models.Segmenter(SMALL)
+        assert "tensors matched" in models.load_encoder(model, tmp_path / name)
+        assert (model.net.encoder.conv1.weight == 3).all()
+
+
+def test_weights_that_fit_nothing_are_an_error(tmp_path):
+    save_file({"other": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="none of its 1 tensors fits resnet18"):
+        models.load_encoder(models.Segmenter(SMALL), tmp_path / "w.safetensors")
+
+
+def test_missing_broken_and_pickled_weights_are_an_error(tmp_path):
+    model = models.Segmenter(SMALL)
+    with pytest.raises(UserError, match=r"none.pth does not exist"):
+        models.load_encoder(model, tmp_path / "none.pth")
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"broken.pth cannot be read"):
+        models.load_encoder(model, tmp_path / "broken.pth")
+    torch.save({"code": torch.nn.Linear(1, 1)}, tmp_path / "pickled.pth")
+    with pytest.raises(UserError, match=r"pickled.pth cannot be read"):
+        models.load_encoder(model, tmp_path / "pickled.pth")
+
+
+def test_a_checkpoint_alone_rebuilds_the_network(tmp_path):
+    model, pictures = models.Segmenter(SMALL).eval(), torch.randint(0, 255, (1, 64, 96, 3), dtype=torch.uint8)
+    models.save_checkpoint(tmp_path / "best.safetensors", model.state_dict(), SMALL, dice=0.5)
+    loaded, facts = models.load_checkpoint(tmp_path / "best.safetensors")
+    assert facts == {"dice": 0.5}
+    assert loaded.network == SMALL
+    assert torch.equal(loaded(pictures), model(pictures))
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    (tmp_path / "best.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"best.safetensors cannot be read"):
+        models.load_checkpoint(tmp_path / "best.safetensors")

@@ -1,0 +1,173 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import RECIPE, recipe
+from safetensors.torch import load_file
+
+from carvana import dataset, folds, photos, training
+from carvana.files import UserError
+from carvana.recipe import Recipe, learning_rate
+
+
+def fold_of(data, run_dir, number=0, **changes):
+    chosen, pictures = recipe(**changes), photos.index(data)
+    source = dataset.Decoded(photos.photographs(data, "train"), pictures, chosen.height, chosen.width)
+    return training.Fold(chosen, pictures, source, folds.folds_of_run(run_dir, pictures, 2, 0, 1), number, run_dir)
+
+
+LEARNS = {"epochs": 16, "batch_size": 2, "validate_every": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(shared_competition, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    state = fold_of(shared_competition, run_dir, **LEARNS)
+    return state, training.train(state), run_dir
+
+
+def test_training_learns_the_ellipses(trained):
+    _, history, _ = trained
+    assert history["dice"].iloc[-1] > 0.9
+    assert history["dice"].iloc[-1] > history["dice"].iloc[0] + 0.2
+
+
+def test_history_opens_with_the_untrained_network_and_counts_pictures_and_seconds(trained):
+    _, history, run_dir = trained
+    assert history["epoch"].tolist() == [0, 4, 8, 12, 16]
+    assert history["pictures"].tolist() == [0, 32, 64, 96, 128]
+    assert math.isnan(history["loss"].iloc[0])
+    assert history["seconds"].is_monotonic_increasing
+    assert pd.read_csv(run_dir / "fold0" / "history.csv").shape == history.shape
+
+
+def test_best_weights_are_those_of_the_highest_dice(trained):
+    state, history, run_dir = trained
+    state.ema.module.load_state_dict(load_file(run_dir / "fold0" / "best.safetensors"))
+    assert state.validate()[0] == pytest.approx(history["dice"].max(), abs=1e-9)
+
+
+def test_no_car_is_trained_on_and_scored(trained):
+    state, _, _ = trained
+    cars = state.pictures["car"]
+    assert not set(cars.iloc[state.train_rows]) & set(cars.iloc[state.valid_rows])
+
+
+def test_a_finished_fold_is_not_trained_again(trained, shared_competition):
+    _, history, run_dir = trained
+    again = fold_of(shared_competition, run_dir, **LEARNS)
+    assert again.finished
+    pd.testing.assert_frame_equal(training.train(again), history)
+
+
+def test_held_out_cars_are_in_no_part(shared_competition, tmp_path):
+    pictures = photos.index(shared_competition)
+    table = folds.make_folds(pictures, 2, 1, 1)
+    state = training.Fold(recipe(), pictures, None, table, 0, tmp_path)
+    used = set(pictures["car"].iloc[[*state.train_rows, *state.valid_rows]])
+    assert used == set(table[table["fold"] >= 0]["car"])
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    from test_training import fold_of
+    from pathlib import Path
+    from carvana import training
+    if __name__ == "__main__":
+        training.SAVE_MINUTES = 0  # a state after every step
+        state = fold_of(Path({data!r}), Path({run!r}), epochs=4, amp={amp!r})
+        save = state.save
+        def counted():
+            save()
+            if state.step == {step}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        state.save = counted
+        training.train(state, workers={workers})
+"""
+
+
+@pytest.mark.parametrize(("steps", "workers"), [([1], 0), ([2, 3, 7], 2)])
+def test_killed_and_resumed_training_ends_in_the_same_weights(shared_competition, tmp_path, steps, workers):
+    whole = fold_of(shared_competition, tmp_path / "whole", epochs=4)
+    expected = training.train(whole, workers=workers)
+    for step in steps:
+        facts = {"tests": os.path.dirname(__file__), "data": str(shared_competition), "run": str(tmp_path / "cut")}
+        code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, amp="no")
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    history = training.train(fold_of(shared_competition, tmp_path / "cut", epochs=4), workers=workers)
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), expected.drop(columns="seconds"))
+    for name in ("best", "last"):
+        made, wanted = (load_file(tmp_path / run / "fold0" / f"{name}.safetensors") for run in ("cut", "whole"))
+        assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+
+
+def test_max_hours_ends_after_a_whole_step_and_the_next_call_goes_on(shared_competition, tmp_path):
+    state = fold_of(shared_competition, tmp_path)
+    training.train(state, max_hours=1e-9)
+    assert state.step == 1
+    again = fold_of(shared_competition, tmp_path)
+    assert again.step == 1
+    training.train(again)
+    assert again.finished
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_named(trained, shared_competition):
+    _, _, run_dir = trained
+    with pytest.raises(UserError, match=r"state.pt was trained with another lr \(0.003\)"):
+        fold_of(shared_competition, run_dir, **LEARNS, lr=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(shared_competition, tmp_path):
+    state = fold_of(shared_competition, tmp_path)
+    next(state.model.parameters()).data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"loss of step 1 is nan, in the batch 0000.*_0\d.jpg"):
+        training.train(state)
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "sgd", "schedule": "onecycle", "loss": "dice"},
+    {"optimizer": "lamb", "schedule": "plateau", "loss": "lovasz", "ema": 0.0},
+    {"optimizer": "adam", "schedule": "constant", "loss": "focal", "accumulate": 2, "clip_norm": 0.0},
+    {"amp": "bf16", "loss": "tversky", "crop_height": 64, "crop_width": 96},
+    {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32, "epochs": 1},
+])  # fmt: skip
+def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
+    history = training.train(fold_of(shared_competition, tmp_path, **{"epochs": 1} | changes))
+    assert np.isfinite(history["loss"].iloc[-1])
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("loss", "dise", 'loss "dise" is unknown, did you mean "dice"'),
+    ("schedule", "cosin", 'schedule "cosin" is unknown, did you mean "cosine"'),
+    ("optimizer", "adamm", 'optimizer "adamm" is unknown, did you mean "adam'),
+    ("amp", "fp8", 'amp is "fp8". Choose from: no, fp16, bf16, auto'),
+    ("epochs", 0, "epochs is 0, but must be at least 1"),
+])  # fmt: skip
+def test_a_wrong_recipe_is_refused_before_work(name, value, message):
+    with pytest.raises(UserError, match=message):
+        Recipe.of(RECIPE | {name: value})
+
+
+def test_learning_rates_rise_and_fall_as_their_schedules_say():
+    assert learning_rate("cosine", 0.05, 0.1) == pytest.approx(0.5)
+    assert learning_rate("cosine", 0.1, 0.1) == pytest.approx(1)
+    assert learning_rate("cosine", 0.55, 0.1) == pytest.approx(0.5)
+    assert learning_rate("cosine", 1.0, 0.1) == pytest.approx(0)
+    assert learning_rate("onecycle", 0.0, 0.0) == pytest.approx(0.04)
+    assert learning_rate("onecycle", 0.3, 0.0) == pytest.approx(1)
+    assert learning_rate("constant", 0.9, 0.1) == learning_rate("plateau", 0.9, 0.1) == 1
+
+
+def test_a_plateau_of_two_validations_halves_the_rate():
+    assert training._stalls([0.1, 0.2, 0.3]) == 0
+    assert training._stalls([0.3, 0.2, 0.1]) == 1
+    assert training._stalls([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
