@@ -109,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
+        self.send_header("X-Kaggle-APIVersion", "9.9.9")  # makes the client print that it is old
         self.end_headers()
         self.wfile.write(body)
 
@@ -174,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if first else 200)
         for name, value in {"ETag": '"v1"', "Accept-Ranges": "bytes", "Content-Type": "application/zip"}.items():
             self.send_header(name, value)
+        self.send_header("Last-Modified", "Mon, 24 Jul 2017 00:00:00 GMT")
         self.send_header("Content-Length", str(len(whole) - first))
         self.end_headers()
         stop = min(stop, first + self.fake.at_once)

@@ -8,12 +8,16 @@ from carvana.folds import HOLDOUT, folds_of_run, make_folds
 
 
 def table(areas, views=4):
-    rows = [(f"{car:04d}", area, f"{car:04d}_{view:02d}.jpg") for car, area in enumerate(areas) for view in range(views)]
+    rows = [
+        (f"{car:04d}", area, f"{car:04d}_{view:02d}.jpg") for car, area in enumerate(areas) for view in range(views)
+    ]
     return pd.DataFrame(rows, columns=["car", "area", "img"])
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(0.05, 0.4), min_size=6, max_size=40), st.integers(2, 4), st.integers(0, 2), st.integers(0, 99))
+@given(
+    st.lists(st.floats(0.05, 0.4), min_size=6, max_size=40), st.integers(2, 4), st.integers(0, 2), st.integers(0, 99)
+)
 def test_every_car_has_one_fold_and_folds_hold_as_many_cars(areas, n_folds, holdout_cars, seed):
     folds = make_folds(table(areas), n_folds, holdout_cars, seed)
     assert folds["car"].is_unique

@@ -55,7 +55,9 @@ def test_ensemble_json_is_read_back_with_paths_relative_to_it(members, tmp_path)
     made.write(members[0].parent.parent / "ensemble.json")
     found = inference.Ensemble.read(members[0].parent.parent / "ensemble.json")
     assert (found.weights, found.views, found.threshold) == ([0.25, 0.75], ["none", "hflip"], 0.4)
-    assert json.loads((members[0].parent.parent / "ensemble.json").read_text())["members"][0]["path"].startswith("fold0")
+    assert json.loads((members[0].parent.parent / "ensemble.json").read_text())["members"][0]["path"].startswith(
+        "fold0"
+    )
 
 
 def test_members_of_different_sizes_are_blended_as_the_weighted_mean_of_enlarged_logits(members, tests):
@@ -64,7 +66,9 @@ def test_members_of_different_sizes_are_blended_as_the_weighted_mean_of_enlarged
     each, full, rows = next(inference.batched(ensemble, tests, tests.names[:2], 2, workers=0))
     assert [tuple(logits.shape) for logits in each] == [(2, 2, *SIZES[0]), (2, 2, *SIZES[1])]
     blended = [logits[0].numpy() for logits in ensemble.blend(each)]
-    parts = [Grid(*full[0], *size).enlarge(logits[:, 0].mean(0).numpy()) for logits, size in zip(each, SIZES, strict=True)]
+    parts = [
+        Grid(*full[0], *size).enlarge(logits[:, 0].mean(0).numpy()) for logits, size in zip(each, SIZES, strict=True)
+    ]
     assert np.allclose(inference.enlarged(blended, full[0]), 0.25 * parts[0] + 0.75 * parts[1], atol=1e-5)
 
 
@@ -72,12 +76,16 @@ def predicted(ensemble, tests, folder, **options):
     return inference.predict(ensemble, tests, tests.names, folder, **{"workers": 0, "batch_size": 4} | options)
 
 
-def test_parts_hold_a_row_for_every_photograph_and_equal_the_probabilities_cut_at_the_threshold(members, tests, tmp_path):
+def test_parts_hold_a_row_for_every_photograph_and_equal_the_probabilities_cut_at_the_threshold(
+    members, tests, tmp_path
+):
     ensemble = inference.Ensemble(members, [0.5, 0.5], ["none"])
     table = predicted(ensemble, tests, tmp_path)
     assert table["img"].tolist() == tests.names
     lines = (tmp_path / "part-00000.csv").read_text().splitlines()
-    for name, line, probability in zip(tests.names, lines[1:], inference.masks(ensemble, tests, tests.names), strict=True):
+    for name, line, probability in zip(
+        tests.names, lines[1:], inference.masks(ensemble, tests, tests.names), strict=True
+    ):
         assert line == f"{name},{rle.encode(probability > 0.5)}"
     assert table["area"].iloc[0] == pytest.approx(rle.area(lines[1].split(",")[1]) / HEIGHT / WIDTH, abs=1e-6)
 

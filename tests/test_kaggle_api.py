@@ -222,12 +222,14 @@ def test_an_expired_address_is_asked_for_anew(fake, data):
     fake.faults["storage"] = ["expired"]
     kaggle_api.download(data, ["train.zip"])
     assert fake.calls("DownloadDataFile") == 2
+    fake.faults["storage"] = ["expired"] * 9
+    refused("test.zip: Kaggle is in trouble", kaggle_api.download, data, ["test.zip"])
 
 
 def test_no_credentials(monkeypatch, tmp_path):
     home = hide_credentials(monkeypatch, tmp_path)
     refused("No Kaggle credentials.*kaggle.json.example", kaggle_api.download, tmp_path)
-    (home / ".kaggle" / "kaggle.json").write_text(Path("kaggle.json.example").read_text())
+    (home / ".kaggle" / "kaggle.json").write_text((Path(__file__).parents[1] / "kaggle.json.example").read_text())
     refused("still holds the example", kaggle_api.credentials_source)
     (home / ".kaggle" / "kaggle.json").write_text('{"username": "a"}')
     refused("must hold username and key", kaggle_api.credentials_source)
@@ -281,9 +283,10 @@ def test_a_client_that_cannot_be_imported(fake, monkeypatch):
     refused("Package kaggle does not work .*six.*requirements.txt", kaggle_api.client)
 
 
-def test_time_outs_do_not_stay(fake):
+def test_the_client_is_quiet_and_time_outs_do_not_stay(fake, capfd):
     send = requests.adapters.HTTPAdapter.send
     kaggle_api.list_files(kaggle_api.client())
+    assert capfd.readouterr() == ("", "")
     assert requests.adapters.HTTPAdapter.send is send
 
 

@@ -1,9 +1,9 @@
 import math
-import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -99,7 +99,7 @@ def test_killed_and_resumed_training_ends_in_the_same_weights(shared_competition
     whole = fold_of(shared_competition, tmp_path / "whole", epochs=4)
     expected = training.train(whole, workers=workers)
     for step in steps:
-        facts = {"tests": os.path.dirname(__file__), "data": str(shared_competition), "run": str(tmp_path / "cut")}
+        facts = {"tests": str(Path(__file__).parent), "data": str(shared_competition), "run": str(tmp_path / "cut")}
         code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, amp="no")
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert ended.returncode == -signal.SIGKILL, ended.stderr

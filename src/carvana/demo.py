@@ -4,7 +4,6 @@ Lengths are metres in the car's frame: x forward, y to its left, z up, the origi
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,88 +15,34 @@ from PIL import Image
 from carvana import rle
 from carvana.files import UserError, atomic, need_space, progress, read_json, write_json
 
-VERSION, VIEWS, HEIGHT, WIDTH = 1, 16, 1280, 1918
-FINE = 2  # the car is drawn this much finer than the picture, which gives its edges their partial cover
-ROUND = 6  # exponent of the cross-sections: 2 would be an ellipse, many a box
-DARK, RUBBER, CHROME, LAMP, PLATE, RED = (20,) * 3, (34,) * 3, (122,) * 3, (216,) * 3, (238,) * 3, (150, 14, 22)
-# What a surface mirrors by the height of the mirrored ray: floor, foot of the wall, wall, ceiling between its lamps.
-STUDIO = (-1, -0.7, -0.3, -0.1, 0, 0.1, 0.45, 0.6, 0.75, 1), (0.2, 0.3, 0.62, 0.55, 0.35, 0.95, 1.0, 0.65, 1.25, 0.9)
+VERSION, VIEWS, HEIGHT, WIDTH = 2, 16, 1280, 1918
+PARTS, COLUMNS = ("train", "test"), ["id", "year", "make", "model", "trim1", "trim2"]
+MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
 PAINTS = {  # red, green, blue; how much of the studio the paint mirrors
     "white": (0.93, 0.93, 0.92, 0.05), "black": (0.03, 0.03, 0.035, 0.20), "silver": (0.62, 0.63, 0.65, 0.20),
     "red": (0.45, 0.03, 0.07, 0.12), "grey": (0.27, 0.27, 0.29, 0.16), "blue": (0.07, 0.14, 0.32, 0.13),
 }  # fmt: skip
-FITTINGS = [  # axis and side they are seen from; left and right, low and high as shares of half the size; colour
-    (0, 1, -0.44, 0.44, 0.66, 0.84, DARK), (0, 1, -0.66, 0.66, 0.34, 0.52, DARK),
-    (0, 1, -0.17, 0.17, 0.5, 0.64, PLATE), (0, 1, 0.52, 0.92, 0.72, 0.91, CHROME), (0, 1, 0.57, 0.84, 0.75, 0.88, LAMP),
-    (0, -1, -0.66, 0.66, 0.37, 0.47, DARK), (0, -1, -0.17, 0.17, 0.76, 0.92, PLATE),
-    (1, 1, -0.40, 0.38, 0.28, 0.36, DARK),
-]  # fmt: skip
-MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
-
-
-@dataclass(frozen=True)
-class Body:
-    """A car's closed surface: cross-sections of rounded boxes along its length; shares are of length or height."""
-
-    size: tuple  # length, width, height
-    clearance: float
-    wheel: float  # radius
-    belt: float  # share of the height where the windows begin
-    tumble: float  # how much narrower the roof is
-    tail: tuple  # lamps: inner and outer share of half the width, low and high share of the height
-    rear: float  # share of the height where the rear window begins
-    glass: tuple  # ends of the side windows and the pillars between, shares from the nose
-    top: tuple  # top line: shares from the nose, shares of the height
-
-    def section(self, x):
-        """Half width, bottom, belt and top of the cross-sections at x, each of x's shape."""
-        length, width, height = self.size
-        end, share, middle = np.minimum(np.abs(2 * x / length), 1), 0.5 - x / length, 0.32 * height
-        top = height * np.mean([np.interp(share + shift, *self.top) for shift in np.linspace(-0.025, 0.025, 7)], axis=0)
-        top = middle + (top - middle) * (1 - end**9) ** (1 / 9)
-        bottom = middle - (middle - self.clearance) * (1 - end**14) ** (1 / 14)
-        belt = np.minimum(self.belt * height, 0.14 * bottom + 0.86 * top)
-        return width / 2 * (1 - end**6) ** (1 / 6), bottom, belt, top
-
-    def taper(self, z):
-        """Share of the width that is left at height z."""
-        share = z / self.size[2] - self.belt
-        return 1 - self.tumble * np.maximum(share, 0) / (1 - self.belt) - 0.3 * np.minimum(share + 0.15, 0) ** 2
-
-    def mesh(self):
-        """Points of the surface, (stations, ring, 3)."""
-        x = self.size[0] / 2 * np.sin(np.linspace(-np.pi / 2, np.pi / 2, 141))[:, None]
-        ring = _oval(-1, 1, -1, 1, 2 / ROUND, 72)
-        across, up = np.vstack([ring, ring[:1]]).T
-        half, bottom, belt, top = self.section(x)
-        z = belt + up * np.where(up > 0, top - belt, belt - bottom)
-        return np.stack(np.broadcast_arrays(x, half * across * self.taper(z), z), axis=2)
-
-    def lift(self, outline, axis, sign):
-        """Points (n, 3) on the body under an outline (n, 2), seen along an axis from its positive or negative side."""
-        inner, outer = (np.insert(outline, axis, start, axis=1) for start in (0.0, sign * self.size[axis]))
-        for _ in range(14):
-            middle = (inner + outer) / 2
-            x, y, z = middle.T
-            half, bottom, belt, top = self.section(x)
-            reach = np.where(z > belt, top - belt, belt - bottom) + 1e-9
-            inside = (y / (half * self.taper(z) + 1e-9)) ** ROUND + ((z - belt) / reach) ** ROUND < 1
-            inner, outer = np.where(inside[:, None], middle, inner), np.where(inside[:, None], outer, middle)
-        return inner
-
-
-SHAPES = {
-    "saloon": Body(
-        (4.75, 1.84, 1.45), 0.19, 0.33, 0.63, 0.25, (0.58, 0.94, 0.52, 0.62), 0.77, (0.31, 0.5, 0.68, 0.79), (
+# What a surface mirrors by the height of the mirrored ray: floor, foot of the wall, wall, ceiling between its lamps.
+STUDIO = (-1, -0.7, -0.3, -0.1, 0, 0.1, 0.45, 0.6, 0.75, 1), (0.2, 0.3, 0.62, 0.55, 0.35, 0.95, 1.0, 0.65, 1.25, 0.9)
+BELT = 0.61  # share of a car's height where the windows begin
+SHAPES = {  # length, width, height; wheel's radius; rear window's lowest share of the height; then shares of the length
+    # from the nose: ends of the side windows and pillars between, the top line and its shares of the height
+    "saloon": ((4.75, 1.84, 1.45), 0.33, 0.77, (0.31, 0.5, 0.68, 0.79), (
         (0, 0.03, 0.26, 0.42, 0.52, 0.64, 0.83, 0.97, 1), (0.5, 0.54, 0.68, 0.95, 1, 0.98, 0.75, 0.73, 0.68))),
-    "suv": Body((4.65, 1.9, 1.72), 0.25, 0.37, 0.61, 0.17, (0.7, 0.94, 0.5, 0.64), 0.67, (0.29, 0.46, 0.67, 0.86), (
+    "suv": ((4.65, 1.9, 1.72), 0.37, 0.67, (0.29, 0.46, 0.67, 0.86), (
         (0, 0.03, 0.24, 0.37, 0.48, 0.88, 0.975, 1), (0.52, 0.57, 0.66, 0.95, 1, 0.97, 0.64, 0.6))),
-    "hatchback": Body(
-        (4.2, 1.76, 1.5), 0.19, 0.32, 0.62, 0.22, (0.66, 0.94, 0.5, 0.63), 0.69, (0.3, 0.51, 0.71, 0.83), (
+    "hatchback": ((4.2, 1.76, 1.5), 0.32, 0.69, (0.3, 0.51, 0.71, 0.83), (
         (0, 0.03, 0.25, 0.41, 0.52, 0.8, 0.96, 1), (0.48, 0.53, 0.67, 0.95, 1, 0.93, 0.65, 0.6))),
-    "van": Body((5.05, 1.96, 1.82), 0.2, 0.35, 0.56, 0.15, (0.74, 0.94, 0.47, 0.58), 0.62, (0.23, 0.41, 0.62, 0.91), (
-        (0, 0.03, 0.18, 0.34, 0.46, 0.91, 0.985, 1), (0.44, 0.48, 0.59, 0.94, 1, 0.97, 0.6, 0.56))),
 }  # fmt: skip
+FLANK, NOSE, TAIL = range(3)
+PAINT, DARK, LAMP, PLATE, RED, GLASS, OPEN = range(7)  # what covers a place of the body
+TONES = np.uint8([(0, 0, 0), (20, 20, 20), (205, 205, 205), (238, 238, 238), (150, 14, 22), (0, 0, 0), (0, 0, 0)])
+FITTINGS = [  # where; left and right as shares of the length or of half the width, low and high of the height; what
+    (NOSE, -0.44, 0.44, 0.36, 0.46, DARK), (NOSE, -0.66, 0.66, 0.19, 0.29, DARK), (NOSE, 0.55, 0.9, 0.4, 0.5, LAMP),
+    (NOSE, -0.17, 0.17, 0.27, 0.35, PLATE), (TAIL, -0.17, 0.17, 0.42, 0.51, PLATE), (FLANK, 0.3, 0.7, 0.15, 0.2, DARK),
+    (TAIL, -0.66, 0.66, 0.2, 0.26, DARK), (TAIL, 0.66, 0.94, 0.5, 0.61, RED),
+]  # fmt: skip
+SKIN = 2048, 512  # columns and rows of a drawing of the skin
 
 
 class Car:
@@ -106,257 +51,220 @@ class Car:
     def __init__(self, rng, number):
         """Choose shape, paint, wheels and where the camera stands."""
         self.id, self.shape = f"{rng.integers(16**12):012x}", list(SHAPES)[number % len(SHAPES)]
-        self.paint = list(PAINTS)[(number + number // len(PAINTS) // 2) % len(PAINTS)]
-        self.body = replace(SHAPES[self.shape], size=tuple(SHAPES[self.shape].size * rng.uniform(0.97, 1.03, 3)))
-        self.axles = self.body.size[0] * np.array([0.31, -0.285]) + rng.normal(0, 0.02)
+        self.paint = list(PAINTS.values())[(number + number // len(PAINTS)) % len(PAINTS)]
+        size, self.wheel, self.rear, self.glass, self.top = SHAPES[self.shape]
+        self.size = size * rng.uniform(0.97, 1.03, 3)
+        self.axles = self.size[0] * np.array([0.31, -0.285]) + rng.normal(0, 0.02)
         self.spokes, self.rim, self.turn = int(rng.choice([5, 6, 7, 10])), rng.uniform(120, 215), rng.normal(0, 0.02)
         self.distance, self.height, self.focal = rng.normal((8, 1.65, 2380), (0.15, 0.05, 30))
         self.centre = WIDTH / 2 + rng.normal(0, 25), 350 + rng.normal(0, 12)
         make, model = MAKES[number % len(MAKES)], f"{self.shape.title()} {number % 9 + 1}"
         self.row = self.id, rng.integers(2008, 2017), make, model, model, "Base"
-        self.mesh, self.studio = self.body.mesh(), _studio(rng, self)
+        self.mesh, self.skin, self.studio = _mesh(self), _skin(self), _studio(rng, self)
 
-    def eye(self, azimuth):
-        """Where the camera stands for an azimuth, radians, 0 before the nose: (3,)."""
-        return np.array([self.distance * np.cos(azimuth), self.distance * np.sin(azimuth), self.height])
+    def axes(self, azimuth):
+        """Directions right, down and away, (3, 3), of the level camera; azimuth: radians, 0 before the nose."""
+        right, away = (-np.sin(azimuth), np.cos(azimuth), 0), (-np.cos(azimuth), -np.sin(azimuth), 0)
+        return np.array([right, (0, 0, -1), away])
 
     def project(self, points, azimuth):
-        """Positions in the picture (..., 2) and depths (...) of points (..., 3); the camera is level."""
-        x, y, z = np.moveaxis(np.asarray(points) - self.eye(azimuth), -1, 0)
-        depth = -x * np.cos(azimuth) - y * np.sin(azimuth)
-        right = y * np.cos(azimuth) - x * np.sin(azimuth)
-        return np.stack([right, -z], axis=-1) * (self.focal / depth)[..., None] + self.centre, depth
+        """Positions in the picture (..., 2) of points (..., 3)."""
+        seen = points @ self.axes(azimuth).T + (0, self.height, self.distance)
+        return seen[..., :2] * self.focal / seen[..., 2:] + self.centre
 
     def floor(self, outline, azimuth):
         """Positions (n, 2) of an outline (n, 2) on the floor."""
-        return self.project(np.insert(outline, 2, 0, axis=1), azimuth)[0]
+        return self.project(np.insert(outline, 2, 0, axis=1), azimuth)
 
 
-def _oval(left, right, low, high, power=1.0, points=48):
-    """Outline (points, 2) that fills a rectangle: an ellipse, squarer for a smaller power."""
-    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+def _oval(left, right, low, high, power=1.0, points=49):
+    """Closed outline (points, 2) that fills a rectangle: an ellipse, squarer for a smaller power."""
+    angle = np.linspace(0, 2 * np.pi, points)
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return (np.sign(circle) * np.abs(circle) ** power * (right - left, high - low) + (left + right, low + high)) / 2
 
 
 def _pixels(points):
-    return np.rint(np.asarray(points) * 16).astype(np.int32)  # OpenCV's fixed point with shift=4
+    return np.rint(points * 16).astype(np.int32)  # OpenCV's fixed point with shift=4
 
 
 def _fill(image, points, colour):
     cv2.fillPoly(image, [_pixels(points)], colour, shift=4)
 
 
-def _area(points):
-    """Twice the signed area of outlines (..., n, 2)."""
-    x, y = points[..., 0], points[..., 1]
-    return (x * np.roll(y, -1, axis=-1) - y * np.roll(x, -1, axis=-1)).sum(axis=-1)
+def _mesh(car):
+    """Points of the closed body, (stations, ring, 3): rounded boxes along its length, narrower to the roof."""
+    (length, width, height), end = car.size, np.sin(np.linspace(-np.pi / 2, np.pi / 2, 241))[:, None]
+    rounded, middle, shifts = (1 - np.abs(end) ** 9) ** (1 / 9), 0.32 * height, np.linspace(-0.025, 0.025, 7)
+    top = height * np.mean([np.interp((1 - end) / 2 + shift, *car.top) for shift in shifts], axis=0)
+    bottom, top = (middle + (z - middle) * rounded for z in (0.58 * car.wheel, top))
+    belt = np.minimum(BELT * height, 0.14 * bottom + 0.86 * top)
+    across, up = _oval(-1, 1, -1, 1, 1 / 3, 145).T
+    z = belt + up * np.where(up > 0, top - belt, belt - bottom)
+    share = z / height - BELT
+    y = across * width / 2 * (1 - end**6) ** (1 / 6) * (1 - 0.5 * share.clip(0) - 0.3 * (share + 0.15).clip(None, 0) ** 2)
+    return np.stack(np.broadcast_arrays(end * length / 2, y, z), axis=2)
+
+
+def _skin(car):
+    """What covers flank, nose and tail, (3, rows, columns): by shares of the height, the length or half the width."""
+    skin, (length, _, height), radius = np.zeros((3, *SKIN[::-1]), np.uint8), car.size, car.wheel * 1.13
+    joints = [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
+    for where, left, right, low, high, what in FITTINGS + joints:
+        _fill(skin[where], _oval(left, right, low, high, 0.4) * SKIN, what)
+    cowl, panes = np.interp(car.glass[0] - 0.035, *car.top) + 0.02, []
+    for where, low in ((NOSE, cowl), (TAIL, car.rear)):
+        panes.append((where, [(-0.84, low), (0.84, low), (0.84 - 0.42 * (0.955 - low), 0.955), (-0.68, 0.955)]))
+    for left, right in zip(car.glass[:-1], car.glass[1:], strict=True):
+        x = np.linspace(left + 0.008, right - 0.008, 16)
+        upper = (np.interp(x, *car.top) - 0.07).clip(BELT + 0.05, 0.93)
+        panes.append((FLANK, [(x[-1], BELT + 0.03), (x[0], BELT + 0.03), *zip(x, upper, strict=True)]))
+    for where, pane in panes:
+        _fill(skin[where], np.array(pane) * SKIN, GLASS)
+        cv2.polylines(skin[where], [_pixels(np.array(pane) * SKIN)], True, DARK, 7, shift=4)
+    for x in 0.5 - car.axles / length:
+        wide, high = radius / length, radius / height
+        _fill(skin[FLANK], (_oval(x - wide, x + wide, -high, high) + (0, car.wheel / height)) * SKIN, OPEN)
+    return skin
 
 
 def _studio(rng, car):
     """The empty studio, (HEIGHT, WIDTH, 3) uint8: wall with letters, floor with turntable."""
-    rows, columns = np.ogrid[0 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
-    rows, columns = rows[..., None].astype(np.float32), columns[..., None].astype(np.float32)
+    rows, columns = np.float32(np.linspace(0, 1, HEIGHT)[:, None, None]), np.float32(np.linspace(-1, 1, WIDTH)[:, None])
     wall, edge = np.full((HEIGHT, WIDTH, 3), 253, np.uint8), car.centre[1] / HEIGHT + 0.095 + rng.normal(0, 0.008)
-    strip, shift = wall[int((edge - 0.19) * HEIGHT) :], rng.integers(0, 150)
+    shift, line = rng.integers(0, 150), int((edge - 0.19) * HEIGHT) + 262
     for text, left, bold in (("MIN", 20, 20), ("AVIMA", 680, 54)):
-        cv2.putText(strip, text, (left + shift, 262), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), bold, cv2.LINE_AA)
+        cv2.putText(wall, text, (left + shift, line), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), bold, cv2.LINE_AA)
     stains = rng.normal(0, 1, (16, 10)).astype(np.float32)
-    dirt = cv2.resize(stains, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)[..., None]
-    ring, table = car.floor(_oval(-3.2, 3.2, -3.2, 3.2, points=200), 0), np.zeros((HEIGHT, WIDTH), np.uint8)
-    _fill(table, ring, 255)
-    table = cv2.GaussianBlur(table, (0, 0), 4)[..., None] / np.float32(255)
-    floor = 182 + 34 * rows - 6 * columns**2
-    floor = floor + dirt * np.float32((1.5, 2, 3.5)) + table * np.float32((3, 0, -9))
+    floor = cv2.resize(stains, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)[..., None] * np.float32((1.5, 2, 3.5))
+    floor += 182 + 34 * rows - 6 * columns**2
     weight = np.clip((rows - edge - 0.03 * columns**2) * 250 + 0.5, 0, 1)
     image = wall * (1 - 0.04 * columns**2 - 0.03 * rows) * (1 - weight) + floor * weight
     image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
-    return cv2.polylines(image, [_pixels(ring)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
+    table = _pixels(car.floor(_oval(-3.2, 3.2, -3.2, 3.2, points=200), 0))
+    return cv2.polylines(image, [table], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
 
 
 class _Scene:
-    """A car on its part of a picture: colour and cover, `FINE` times as fine as the picture."""
+    """A car from an azimuth on a canvas of red, green, blue and cover, (HEIGHT, WIDTH, 4) uint8, cover 0 or 255."""
 
     def __init__(self, car, azimuth):
-        self.car, self.azimuth, self.eye = car, azimuth, car.eye(azimuth)
-        points = car.project([car.mesh, car.mesh * (1, 1, 0)], azimuth)[0].reshape(-1, 2)
-        low, high = np.maximum(points.min(axis=0) - 80, 0), np.minimum(points.max(axis=0) + 40, (WIDTH, HEIGHT))
-        self.corner = low.astype(int) // 4 * 4
-        self.size = -((self.corner - high.astype(int)) // 4) * 4
-        self.colour = np.zeros((*self.size[::-1] * FINE, 3), np.uint8)
-        self.cover = np.zeros(self.colour.shape[:2], np.uint8)
+        self.car, self.azimuth, self.canvas = car, azimuth, np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+        self.axes = car.axes(azimuth)
+        self.eye = -self.axes[2] * car.distance + (0, 0, car.height)
 
     def at(self, points):
-        return (self.car.project(points, self.azimuth)[0] - self.corner) * FINE
+        return self.car.project(points, self.azimuth).astype(np.float32)
 
     def solid(self, points, colour):
-        hull = cv2.convexHull(_pixels(self.at(points)))
-        for image, value in ((self.colour, colour), (self.cover, 255)):
-            cv2.fillConvexPoly(image, hull, value, shift=4)
-
-    def trace(self, outline, axis, sign):
-        """An outline laid on the body: its positions on the canvas and whether it faces the camera."""
-        points = self.at(self.car.body.lift(outline, axis, sign))
-        return points, _area(points) * _area(outline) * sign * (1 if axis == 1 else -1) > 0
+        _fill(self.canvas, cv2.convexHull(self.at(points)), (*colour, 255))
 
     def faces(self):
-        """Cover of the body on the canvas and its smoothed normals at half the picture's size."""
+        """Number of the visible face of the body in each pixel, from 1, 0 for none; the faces' corners and normals."""
         mesh, at = self.car.mesh, self.at(self.car.mesh)
-        faces = np.stack([at[:-1, :-1], at[1:, :-1], at[1:, 1:], at[:-1, 1:]], axis=2).reshape(-1, 4, 2)
-        directions = np.cross(mesh[:-1, 1:] - mesh[1:, :-1], mesh[1:, 1:] - mesh[:-1, :-1]).reshape(-1, 3)
-        directions /= np.linalg.norm(directions, axis=1, keepdims=True) + 1e-9
-        order = np.argsort(-self.car.project(mesh[:-1, :-1], self.azimuth)[1].ravel(), kind="stable")
-        order = order[_area(faces[order]) > 0]
-        cover, normals = np.zeros_like(self.cover), np.zeros((*self.size[::-1] // 2, 3), np.float32)
-        fine, coarse = _pixels(faces[order]), _pixels(faces[order] / FINE / 2)
-        for face, small, direction in zip(fine, coarse, directions[order].tolist(), strict=True):
-            cv2.fillConvexPoly(cover, face, 255, shift=4)
-            cv2.fillConvexPoly(normals, small, direction, shift=4)
-        normals = cv2.blur(normals, (5, 5))
-        return cover, normals / (np.linalg.norm(normals, axis=2, keepdims=True) + 1e-6)
+        corners = mesh[:-1, :-1].reshape(-1, 3)
+        normals = np.cross(mesh[:-1, 1:] - mesh[1:, :-1], mesh[1:, 1:] - mesh[:-1, :-1]).reshape(-1, 3)
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9
+        outlines = _pixels(np.stack([at[:-1, :-1], at[1:, :-1], at[1:, 1:], at[:-1, 1:]], axis=2).reshape(-1, 4, 2))
+        facing = np.einsum("ij,ij->i", normals, self.eye - corners) > 0
+        order = np.argsort(corners @ -self.axes[2], kind="stable")  # far ones first
+        numbers = np.zeros((HEIGHT, WIDTH), np.int32)
+        for face in order[facing[order]].tolist():
+            cv2.fillConvexPoly(numbers, outlines[face], face + 1, shift=4)
+        return numbers, corners, normals
 
-    def paint(self, normals, cover):
-        """Paint the body; returns what it mirrors, on the canvas."""
+    def body(self):
+        """Draw the body but for its wheel arches."""
+        numbers, corners, normals = self.faces()
+        rows, columns = np.nonzero(numbers)
+        face = numbers[rows, columns] - 1
+        shades = self.shades(normals)[face]
+        what = self.materials(rows, columns, corners[face], normals[face])
+        colours = np.where((what == PAINT)[:, None], shades[:, :3], TONES[what])
+        colours[what == GLASS] = shades[what == GLASS, 3:] // 4 + np.uint8((40, 44, 42))
+        shown = what != OPEN
+        self.canvas[rows[shown], columns[shown]] = np.insert(colours[shown], 3, 255, axis=1)
+
+    def materials(self, rows, columns, corners, normals):
+        """What covers the body in pixels (n,) whose rays meet planes through corners with normals, (n, 3) each."""
+        rays = np.stack([columns, rows, 0 * rows], axis=1) - (*self.car.centre, -self.car.focal)
+        rays = rays @ self.axes
+        reach = ((corners - self.eye) * normals).sum(axis=1) / (rays * normals).sum(axis=1)
+        x, y, z = ((self.eye + rays * reach[:, None]) / self.car.size).T
+        ends = (np.abs(y) < 0.44 - 0.22 * (z - BELT).clip(0)) | (np.abs(x) > 0.45)
+        where = np.where(ends, np.where(x > 0, NOSE, TAIL), FLANK)
+        across = np.where(ends, 2 * np.abs(y), 0.5 - x)
+        column, row = ((share * size).clip(0, size - 1).astype(int) for share, size in zip((across, z), SKIN, strict=True))
+        return self.car.skin[where, row, column]
+
+    def shades(self, normals):
+        """Red, green, blue of the paint and what it mirrors by normals (n, 3): (n, 4) uint8."""
         to_eye = self.eye / np.linalg.norm(self.eye)
-        facing, up = np.clip(normals @ to_eye, 0, 1), normals[..., 2]
+        facing, up = np.clip(normals @ to_eye, 0, 1), normals[:, 2]
         mirrored = np.interp(2 * facing * up - to_eye[2], *STUDIO)
-        *albedo, gloss = PAINTS[self.car.paint]
-        light = (0.84 + 0.17 * up + 0.08 * facing)[..., None] * np.array(albedo) * (1 - gloss)
-        shine = light + (mirrored * (gloss + 0.5 * (1 - facing) ** 4))[..., None]
-        levels = [np.clip(values * 255, 0, 255).astype(np.uint8) for values in (shine, mirrored)]
-        shine, mirrored = (cv2.resize(values, self.cover.shape[::-1]) for values in levels)
-        cv2.copyTo(shine, cover, self.colour)
-        cv2.max(self.cover, cover, self.cover)
-        return mirrored
+        *albedo, gloss = self.car.paint
+        light = np.outer(0.84 + 0.17 * up + 0.08 * facing, albedo) * (1 - gloss)
+        shine = mirrored * (gloss + 0.5 * (1 - facing) ** 4)
+        return (np.column_stack([light + shine[:, None], mirrored]) * 255).clip(0, 255).astype(np.uint8)
 
-    def ring(self, x, radius, y):
-        circle = _oval(-radius, radius, -radius, radius) + (x, self.car.body.wheel)
-        return self.at(np.insert(circle, 1, y, axis=1)).astype(np.float32)
+    def wheel(self, x, side, near):
+        """Draw a wheel; a near one is open between its spokes."""
+        radius, shine, outer = self.car.wheel, self.car.rim, side * self.car.size[1] * 0.48
+        layer = np.zeros_like(self.canvas)
 
-    def wheel(self, x, side, near, clip):
-        """Draw a wheel where clip allows; a near one is open between its spokes."""
-        radius, outer = self.car.body.wheel, side * self.car.body.size[1] * 0.48
-        tyre = np.vstack([self.ring(x, radius, outer), self.ring(x, radius, outer - side * 0.24)])
-        left, top, width, height = cv2.boundingRect(tyre)
-        window = np.s_[max(top, 0) : top + height, max(left, 0) : left + width]
-        colour, cover = np.zeros_like(self.colour[window]), np.zeros_like(self.cover[window])
-        parts = [(cv2.convexHull(tyre)[:, 0], DARK, 255)] + (self.rim(x, outer, side) if near else [])
-        for points, tone, opaque in parts:
-            _fill(colour, points - (max(left, 0), max(top, 0)), tone)
-            _fill(cover, points - (max(left, 0), max(top, 0)), opaque)
-        cover &= clip[window]
-        cv2.copyTo(colour, cover, self.colour[window])
-        cv2.max(self.cover[window], cover, self.cover[window])
+        def ring(share, deep):
+            circle = _oval(-1, 1, -1, 1) * share * radius + (x, radius)
+            return self.at(np.insert(circle, 1, outer - side * deep, axis=1))
 
-    def rim(self, x, outer, side):
-        """Outlines, tones and covers of a near wheel: tyre, rim, opening, what shows through it, brake, spokes, hub."""
-        body, shine = self.car.body, self.car.rim
-        rings = [self.ring(x, share * body.wheel, outer - side * deep) for share, deep in ((0.66, 0), (0.62, 0.2))]
-        through = cv2.intersectConvexConvex(*rings)[1]
-        parts = [(self.ring(x, body.wheel * 0.98, outer), RUBBER, 255)]
-        parts += [(self.ring(x, body.wheel * 0.7, outer), (shine * 0.8,) * 3, 255)]
-        parts += [(rings[0], (45,) * 3, 255)] + ([] if through is None else [(through[:, 0], 0, 0)])
-        parts += [(self.ring(x, body.wheel * 0.46, outer - side * 0.08), (72,) * 3, 255)]
-        for turn in np.linspace(0, 2 * np.pi, self.car.spokes, endpoint=False) + self.car.turn * 40:
-            angle = turn + 1.35 / self.car.spokes * np.array([-1.0, 1.0, 0.75, -0.75])
-            spoke = np.stack([np.cos(angle), 0 * angle, np.sin(angle)], axis=1) * [[0.12], [0.12], [0.68], [0.68]]
-            spoke = self.at(spoke * body.wheel + (x, outer - side * 0.02, body.wheel))
-            parts.append((spoke, (shine * (0.85 + 0.15 * np.sin(turn)),) * 3, 255))
-        return parts + [(self.ring(x, body.wheel * 0.15, outer), (shine * 0.7,) * 3, 255)]
-
-    def arch(self, x, side, cover):
-        """Cut a wheel's arch into the near flank and draw the wheel in it and below the body."""
-        body, clip = self.car.body, np.zeros_like(self.cover)
-        radius, floor = body.wheel * 1.13, body.clearance + 0.05
-        outline = _oval(x - radius, x + radius, body.wheel - radius, body.wheel + radius)
-        points = body.lift(np.maximum(outline, (-9, floor)), 1, side)
-        points[:, 2] = outline[:, 1]
-        _fill(clip, self.at(points), 255)
-        cv2.copyTo(np.full_like(self.colour, 13), clip & cover, self.colour)
-        self.wheel(x, side, True, clip | ~cover)
-
-    def panes(self):
-        """Windows as (outline, axis, sign): flanks, windscreen, rear window."""
-        body, height = self.car.body, self.car.body.size[2]
-        for start, end in zip(body.glass[:-1], body.glass[1:], strict=True):
-            x = body.size[0] * (0.5 - np.linspace(start + 0.008, end - 0.008, 16))
-            _, _, belt, top = body.section(x)
-            upper = np.maximum(np.minimum(top - 0.10, height * 0.93), belt + 0.05)
-            pane = np.vstack([np.stack([x, belt + 0.04], axis=1), np.stack([x, upper], axis=1)[::-1]])
-            yield from ((pane, 1, 1), (pane, 1, -1))
-        cowl = body.section(body.size[0] * (0.535 - body.glass[0]))[3] + 0.03
-        for low, sign in ((cowl, 1), (body.rear * height, -1)):
-            z = np.linspace(low, height * 0.955, 12)
-            y = 0.42 * body.size[1] * body.taper(z)
-            yield np.vstack([np.stack([y, z], axis=1), np.stack([-y, z], axis=1)[::-1]]), 0, sign
-
-    def glaze(self, mirrored):
-        """Fill the panes: dark inside, light where another pane lies behind, and what the glass mirrors."""
-        near, far = np.zeros((2, *self.cover.shape), np.uint8)
-        for points, facing in (self.trace(*pane) for pane in self.panes()):
-            _fill(near if facing else far, points, 255)
-            if facing:
-                cv2.polylines(self.colour, [_pixels(points)], True, DARK, 9, shift=4)
-        glass = cv2.addWeighted(mirrored, 0.25, cv2.blur(far, (9, 9)), 0.24, 28)
-        cv2.copyTo(cv2.merge([glass, cv2.add(glass, 6), cv2.add(glass, 3)]), near, self.colour)
-
-    def fittings(self):
-        """Paint lamps, grille, plates, sills, joints and handles onto the body."""
-        body, (length, width, height) = self.car.body, self.car.body.size
-        nose = body.section(length * 0.46)[3]
-        inner, outer, low, high = body.tail
-        rows = [*FITTINGS, (0, -1, inner, outer, low * height / nose, high * height / nose, RED)]
-        tone, belt = tuple(150 * value for value in PAINTS[self.car.paint][:3]), body.belt * height / nose
-        for x in (1 - 2 * share for share in body.glass[1:-1]):
-            rows += [(1, 1, x - 0.002, x + 0.002, 0.36, belt, tone)]
-            rows += [(1, 1, x + 0.025, x + 0.1, belt - 0.12, belt - 0.08, tone)]
-        for axis, sign, left, right, low, high, colour in rows:
-            half = (width, length)[axis] / 2
-            outline = _oval(left * half, right * half, low * nose, high * nose, 0.4)
-            twin = (outline, axis, -sign) if axis else (outline * (-1, 1), axis, sign)
-            for points, facing in (self.trace(outline, axis, sign), self.trace(*twin)):
-                if facing:
-                    _fill(self.colour, points, colour)
+        _fill(layer, cv2.convexHull(np.vstack([ring(1, 0), ring(1, 0.24)])), (28, 28, 28, 255))
+        if near:
+            through = cv2.intersectConvexConvex(ring(0.66, 0), ring(0.62, 0.2))[1]
+            parts = [(ring(0.7, 0), 0.8 * shine), (ring(0.66, 0), 45), (through, 0), (ring(0.46, 0.08), 72)]
+            for turn in np.linspace(0, 2 * np.pi, self.car.spokes, endpoint=False) + self.car.turn * 40:
+                angle = turn + 1.35 / self.car.spokes * np.array([-1.0, 1.0, 0.75, -0.75])
+                spoke = np.stack([np.cos(angle), 0 * angle, np.sin(angle)], axis=1) * [[0.12], [0.12], [0.68], [0.68]]
+                spoke = self.at(spoke * radius + (x, outer - side * 0.02, radius))
+                parts.append((spoke, shine * (0.85 + 0.15 * np.sin(turn))))
+            for points, tone in parts:
+                if points is not None:
+                    _fill(layer, points, (tone, tone, tone, 255 if tone else 0))
+        cv2.copyTo(layer, layer[..., 3], self.canvas)
 
     def mirror(self, side):
-        body = self.car.body
-        x, z = body.size[0] * (0.5 - body.glass[0] - 0.03), body.belt * body.size[2] + 0.09
+        length, width, height = self.car.size
+        foot = length * (0.47 - self.car.glass[0]), side * (width / 2 + 0.06), BELT * height + 0.09
         ball = np.stack(np.meshgrid(*[(-1, -0.6, 0.6, 1)] * 3), axis=-1).reshape(-1, 3)
-        ball = ball[np.abs(ball).sum(axis=1) < 2.3] * (0.09, 0.12, 0.085) + (x, side * (body.size[1] / 2 + 0.06), z)
-        paint = np.array(PAINTS[self.car.paint][:3]) * 215 + 10
-        self.solid(ball * (1, 1, 0.4) + (0, -side * 0.1, 0.6 * z - 0.06), DARK)
-        self.solid(ball, tuple(paint * 0.75))
-        self.solid(ball[ball[:, 2] > z - 0.06] + (0, 0, 0.004), tuple(paint))
-
-    def aerial(self):
-        body = self.car.body
-        x = body.size[0] * (0.63 - body.glass[-1])
-        foot = np.array([x, 0, body.section(x)[3] - 0.02])
-        self.solid(foot + [(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.3), (-0.16, -0.006, 0.3)], DARK)
+        ball = ball[np.abs(ball).sum(axis=1) < 2.3] * (0.09, 0.12, 0.085)
+        self.solid(ball * (1, 1, 0.4) + foot - (0, side * 0.1, 0.06), (20, 20, 20))
+        self.solid(ball + foot, np.array(self.car.paint[:3]) * 190 + 8)
 
     def draw(self):
-        """Draw the car, what lies behind first."""
-        near = [side for side in (1, -1) if self.eye[1] * side > self.car.body.size[1] / 2]
-        everywhere = np.full_like(self.cover, 255)
-        for side in {1, -1} - set(near):
-            for x in sorted(self.car.axles, key=lambda x: x * np.cos(self.azimuth)):
-                self.wheel(x, side, False, everywhere)
+        """Draw the car, what lies behind first; returns the canvas."""
+        length, width, height = self.car.size
+        near = [side for side in (1, -1) if self.eye[1] * side > width / 2]
+        far = {1, -1} - set(near)
+        for x in self.car.axles:
+            for side in far:
+                self.wheel(x, side, False)
+        inner = np.stack(np.meshgrid((-0.4, 0.41), (-0.4, 0.4), (0.2, 0.5)), axis=-1).reshape(-1, 3)
+        self.solid(inner * self.car.size, (13, 13, 13))
+        for x in self.car.axles:
+            for side in near:
+                self.wheel(x, side, True)
+        for side in far:
             self.mirror(side)
-        self.aerial()
-        cover, normals = self.faces()
-        mirrored = self.paint(normals, cover)
-        self.fittings()
-        for side in near:
-            for x in self.car.axles:
-                self.arch(x, side, cover)
-        self.glaze(mirrored)
+        x = 0.63 - self.car.glass[-1]
+        roof = np.array([length * x, 0, height * np.interp(0.5 - x, *self.car.top) - 0.02])
+        self.solid(roof + [(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.3), (-0.16, -0.006, 0.3)], (20, 20, 20))
+        self.body()
         for side in near:
             self.mirror(side)
+        return self.canvas
 
 
 def _shade(car, azimuth):
     """Share of the light that the car leaves on the floor, (HEIGHT, WIDTH) uint8."""
-    length, width, _ = car.body.size
+    length, width, _ = car.size
     soft, close = np.zeros((2, HEIGHT // 8, WIDTH // 8 + 1), np.float32)
     _fill(soft, car.floor(_oval(-length / 2, length / 2, -width / 2, width / 2, 0.4), azimuth) / 8, 1)
     for x in car.axles:
@@ -370,32 +278,26 @@ def _shade(car, azimuth):
 def render(car, view, rng):
     """A photograph, (HEIGHT, WIDTH, 3) uint8, and its mask, (HEIGHT, WIDTH) bool; view: 1..16."""
     azimuth = (view - 1) * 2 * np.pi / VIEWS + car.turn
-    scene = _Scene(car, azimuth)
-    scene.draw()
+    canvas = _Scene(car, azimuth).draw()
     picture = cv2.multiply(car.studio, cv2.merge([_shade(car, azimuth)] * 3), scale=1 / 255)
-    mask, (left, top), (right, bottom) = np.zeros((HEIGHT, WIDTH), bool), scene.corner, scene.corner + scene.size
-    behind = picture[top:bottom, left:right]
-    shrink = partial(cv2.resize, dsize=scene.size.tolist(), interpolation=cv2.INTER_AREA)
-    colour, cover = (shrink(layer)[: len(behind), : behind.shape[1]] for layer in (scene.colour, scene.cover))
-    behind[:] = cv2.add(cv2.multiply(behind, cv2.merge([255 - cover] * 3), scale=1 / 255), colour)
-    mask[top:bottom, left:right] = cover > 127
+    cv2.copyTo(cv2.cvtColor(canvas, cv2.COLOR_RGBA2RGB), canvas[..., 3], picture)
     noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 6
-    return cv2.add(cv2.GaussianBlur(picture, (3, 3), 0.6), noise, dtype=cv2.CV_8U), mask
+    return cv2.add(cv2.GaussianBlur(picture, (5, 5), 0.8), noise, dtype=cv2.CV_8U), canvas[..., 3] > 0
 
 
 def _write_view(folder, car, view, rng, part):
     """Write a picture, in train with its mask, unless they are there; returns its name and the mask's run lengths."""
     picture = folder / part / f"{car.id}_{view:02d}.jpg"
     mask_file = folder / "train_masks" / f"{picture.stem}_mask.gif"
-    if part == "train" and picture.exists() and mask_file.exists():
+    if picture.exists() and mask_file.exists():
         return picture.name, rle.encode(np.array(Image.open(mask_file)))
     image, mask = render(car, view, rng)
     with atomic(picture) as file:
-        Image.fromarray(image).save(file, "JPEG", quality=90, subsampling=0)
+        Image.fromarray(image).save(file, "JPEG", quality=90)
     if part == "train":
+        paletted = Image.fromarray(mask.view(np.uint8))
+        paletted.putpalette([0, 0, 0, 255, 255, 255])
         with atomic(mask_file) as file:
-            paletted = Image.fromarray(mask.view(np.uint8))
-            paletted.putpalette([0, 0, 0, 255, 255, 255])
             paletted.save(file, "GIF")
     return picture.name, rle.encode(mask)
 
@@ -403,7 +305,7 @@ def _write_view(folder, car, view, rng, part):
 def _write_car(folder, seed, job):
     """Write the views of a car; its random generators depend on nothing but seed, part and number."""
     part, number = job
-    key = (seed, ("train", "test").index(part), number)
+    key = (seed, PARTS.index(part), number)
     car = Car(np.random.default_rng(key), number)
     views = [_write_view(folder, car, view, np.random.default_rng((*key, view)), part) for view in range(1, VIEWS + 1)]
     return part, car.row, views
@@ -419,7 +321,8 @@ def _complete(folder, wanted):
     found = read_json(marker)
     if {name: found.get(name) for name in wanted} != wanted:
         raise UserError(f"{folder} holds another demo: {found}. Use another folder or delete it.")
-    return found["complete"]
+    files = sum(len(list(folder.glob(names))) for names in ("t*/*.jpg", "train_masks/*.gif", "*.csv"))
+    return found["complete"] and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
 
 
 def write_competition(folder, cars=12, test_cars=4, seed=1):
@@ -438,12 +341,11 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
     jobs = [("train", number) for number in range(cars)] + [("test", number) for number in range(test_cars)]
     with ThreadPoolExecutor(2) as pool:
         done = list(progress(pool.map(partial(_write_car, folder, seed), jobs), "demo cars", "cars", total=len(jobs)))
-    train, test = (sorted(row for part, _, rows in done if part == one for row in rows) for one in ("train", "test"))
+    train, test = (sorted(row for part, _, rows in done if part == one for row in rows) for one in PARTS)
     tables = {"train_masks": train, "truth": test, "sample_submission": [(name, "1 1") for name, _ in test]}
     for name, rows in tables.items():
         _write_table(folder / f"{name}.csv", rows, ["img", "rle_mask"])
-    cars_table = sorted(row for _, row, _ in done)
-    _write_table(folder / "metadata.csv", cars_table, ["id", "year", "make", "model", "trim1", "trim2"])
+    _write_table(folder / "metadata.csv", sorted(row for _, row, _ in done), COLUMNS)
     write_json(folder / "demo.json", wanted | {"complete": True})
 
 

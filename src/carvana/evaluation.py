@@ -33,8 +33,7 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
     """
     folds = _same_folds(run_dirs)
     fold_of = pictures["car"].map(folds.set_index("car")["fold"])
-    checkpoints = [finished_folds(run_dir) for run_dir in run_dirs]
-    shared = sorted(set.intersection(*(set(found) for found in checkpoints)))
+    checkpoints, shared = _checkpoints(run_dirs)
     tables = []
     for fold in [*shared, HOLDOUT] if (fold_of == HOLDOUT).any() else shared:
         members = [found[f] for f in ([fold] if fold != HOLDOUT else shared) for found in checkpoints]
@@ -48,6 +47,12 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
             "lower lr or another loss, a Dice of 0 from the start for masks that fit their pictures (02_explore)."
         )
     return scores.sort_values("img", ignore_index=True)
+
+
+def _checkpoints(run_dirs: list[Path]) -> tuple[list[dict[int, Path]], list[int]]:
+    """Every run's best checkpoints, and the folds that all runs have finished."""
+    checkpoints = [finished_folds(run_dir) for run_dir in run_dirs]
+    return checkpoints, sorted(set.intersection(*(set(found) for found in checkpoints)))
 
 
 def _same_folds(run_dirs: list[Path]) -> pd.DataFrame:
@@ -132,10 +137,11 @@ def gains(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_results(run_dir: Path, scores: pd.DataFrame, run_dirs: list[Path], views: list[str]) -> Ensemble:
-    """Write scores.csv and ensemble.json (every fold of every run, equal weights) into `run_dir`."""
+    """Write scores.csv and ensemble.json (every shared fold of every run, equal weights) into `run_dir`."""
     with atomic(run_dir / "scores.csv") as file:
         file.write(scores.to_csv(index=False).encode())
-    paths = [path for member in run_dirs for path in finished_folds(member).values()]
+    checkpoints, shared = _checkpoints(run_dirs)
+    paths = [found[fold] for found in checkpoints for fold in shared]
     ensemble = Ensemble(paths, [1 / len(paths)] * len(paths), views)
     ensemble.write(run_dir / "ensemble.json")
     return ensemble

@@ -118,7 +118,7 @@ def oddities(pictures: pd.DataFrame) -> pd.DataFrame:
 
 def _patches(row) -> dict:
     mask = rle.decode(row.rle, row.height, row.width).astype(np.uint8)
-    left, top, width, height = cv2.boundingRect(mask)
+    left, top, width, height = cv2.boundingRect(mask) if mask.any() else (0, 0, row.width, row.height)
     mask = mask[top : top + height, left : left + width]
     wall = np.pad(1 - mask, 1, constant_values=1)  # the frame joins all wall that reaches it
     found = {}

@@ -159,8 +159,11 @@ def batched(
         workers = min(16, os.cpu_count()) if on_gpu else 1  # decoding takes a tenth of a small network's time on a CPU
     loader = DataLoader(
         Photographs(photos, names, ensemble.sizes),
-        batch_sampler=[rows[first : first + batch_size] for first in rows[::batch_size]], num_workers=workers, collate_fn=_collate, pin_memory=on_gpu,
-    )  # fmt: skip
+        batch_sampler=[rows[first : first + batch_size] for first in rows[::batch_size]],
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=on_gpu,
+    )
     for pictures, full, rows in loader:
         with _memory_advice():
             yield ensemble.each(pictures), full, rows
@@ -249,4 +252,3 @@ def masks(ensemble: Ensemble, photos: Archive, names: list[str], batch_size: int
         blended = [logits.cpu().numpy() for logits in ensemble.blend(each)]
         for i in range(len(full)):
             yield 1 / (1 + np.exp(-enlarged([logits[i] for logits in blended], full[i])))
-

@@ -203,7 +203,7 @@ def _scrub(error: BaseException | str) -> str:
 def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = False) -> list[Path]:
     """Bring the files of the competition into `data_dir` (hq: the pictures in high quality); returns their paths.
 
-    What is there and sound is kept; what arrives is checked before it gets its name. `download.json` lists what was verified.
+    What is there and sound is kept; what arrives is checked before it gets its name, and listed in `download.json`.
     """
     data_dir, kind = Path(data_dir), "_hq" if hq else ""
     api = client()
@@ -299,8 +299,15 @@ def _transfer(api: Any, folder: Path, name: str, size: int) -> Path:
 
 
 def submit(
-    path: str | Path, message: str, sample: str | Path, submissions_dir: str | Path, run: str = "", yes: bool = False,
-    height: int = 1280, width: int = 1918, wait_minutes: float = 10
+    path: str | Path,
+    message: str,
+    sample: str | Path,
+    submissions_dir: str | Path,
+    run: str = "",
+    yes: bool = False,
+    height: int = 1280,
+    width: int = 1918,
+    wait_minutes: float = 10,
 ) -> dict:
     """Validate, ask (unless `yes`), upload once, wait for the score; returns the row that it adds to `ledger.csv`.
 

@@ -142,7 +142,7 @@ def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # each hub client has its own family of network errors
         raise UserError(
             f'encoder_weights "imagenet" of {encoder} could not be fetched ({type(error).__name__}). '
-            "Fetch them on a machine with a network and give the file's path, or set it to \"\"."
+            'Fetch them on a machine with a network and give the file\'s path, or set it to "".'
         ) from error
 
 

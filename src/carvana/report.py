@@ -104,8 +104,8 @@ def _fold_row(fold: str, history: pd.DataFrame, scores: pd.DataFrame | None) -> 
     row = {"fold": fold, "colour": _colour(fold), "untrained": history["dice"].iloc[0], "epoch": int(best["epoch"])}
     row |= {"epochs": int(history["epoch"].max()), "dice": best["dice"], "iou": best["iou"]}
     row |= {"minutes": history["seconds"].max() / 60, "ensemble": None}
-    if scores is not None and fold.isdigit() and (scores["fold"] == int(fold)).any():
-        row["ensemble"] = scores.loc[scores["fold"] == int(fold), "dice"].mean()
+    if scores is not None and (own := scores["fold"].astype(str) == fold.rpartition("/")[2]).any():
+        row["ensemble"] = scores.loc[own, "dice"].mean()
     return row
 
 

@@ -119,12 +119,15 @@ def _compressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
         yield out
 
 
-def validate(path: str | Path, sample: str | Path, height: int = 1280, width: int = 1918) -> Validation:
-    """Check a submission (plain, .gz or .zip) against the names of `sample` and pictures of (height, width) pixels.
+def validate(path: str | Path, sample: str | Path | list[str], height: int = 1280, width: int = 1918) -> Validation:
+    """Check a submission (plain, .gz or .zip) against the names wanted and pictures of (height, width) pixels.
+
+    sample: a csv in the submission's form, or the names themselves.
 
     All faults are collected in one pass. UserError only where the sample cannot be used.
     """
-    seen = dict.fromkeys((name for _, name, _ in _records(sample)), False)
+    names = sample if isinstance(sample, list) else (name for _, name, _ in _records(sample))
+    seen = dict.fromkeys(names, False)
     found, shares, rows, size = _Findings(), [], 0, height * width
     try:
         for rows, (number, fields) in enumerate(_body(path, seen, found), 1):  # noqa: B007 (its last value is used)

@@ -1,0 +1,121 @@
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import recipe
+
+from carvana import dataset, evaluation, folds, inference, metrics, models, photos, rle, training
+from carvana.files import UserError
+
+
+def train_run(data, run_dir, seed=1, holdout_cars=0, **changes):
+    chosen, pictures = (
+        recipe(**{"epochs": 8, "batch_size": 2, "validate_every": 8, "seed": seed} | changes),
+        photos.index(data),
+    )
+    source = dataset.Decoded(photos.photographs(data, "train"), pictures, chosen.height, chosen.width)
+    table = folds.folds_of_run(run_dir, pictures, 2, holdout_cars, 1)
+    for fold in (0, 1):
+        training.train(training.Fold(chosen, pictures, source, table, fold, run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(shared_competition, tmp_path_factory):
+    """Two runs on the same folds, the second at another size, with one held-out car."""
+    folder = tmp_path_factory.mktemp("runs")
+    train_run(shared_competition, folder / "a", holdout_cars=1)
+    train_run(shared_competition, folder / "b", seed=2, holdout_cars=1, height=64, width=96)
+    return [folder / "a", folder / "b"]
+
+
+def evaluate(data, run_dirs, views=("none", "hflip")):
+    return evaluation.evaluate(run_dirs, photos.index(data), photos.photographs(data, "train"), list(views), 4)
+
+
+@pytest.fixture(scope="module")
+def scores(shared_competition, runs):
+    return evaluate(shared_competition, runs)
+
+
+def test_every_picture_is_scored_once_by_the_fold_that_has_not_seen_its_car(scores, shared_competition, runs):
+    assert scores["img"].tolist() == photos.index(shared_competition)["img"].tolist()
+    expected = scores["car"].map(folds.read_folds(runs[0]).set_index("car")["fold"])
+    assert scores["fold"].tolist() == expected.tolist()
+    assert (scores["fold"] == folds.HOLDOUT).sum() == 4
+
+
+def test_scores_equal_those_of_the_masks_that_prediction_writes(shared_competition, runs, tmp_path):
+    scores = evaluate(shared_competition, runs[:1])
+    photographs, pictures = photos.photographs(shared_competition, "train"), photos.index(shared_competition)
+    ensemble = inference.Ensemble([runs[0] / "fold0" / "best.safetensors"], [1.0], ["none", "hflip"])
+    names = scores[scores["fold"] == 0]["img"].tolist()
+    inference.predict(ensemble, photographs, names, tmp_path, 4, 0)
+    predicted = pd.read_csv(tmp_path / "part-00000.csv", keep_default_na=False).set_index("img")["rle_mask"]
+    truth = pictures.set_index("img")["rle"]
+    for row in scores[scores["fold"] == 0].itertuples():
+        masks = rle.decode(predicted[row.img], 96, 126), rle.decode(truth[row.img], 96, 126)
+        assert row.dice == pytest.approx(float(metrics.dice(*metrics.counts(*masks))), abs=1e-9)
+
+
+def test_training_reports_the_dice_that_evaluation_finds(shared_competition, runs):
+    scores = evaluate(shared_competition, runs[:1])
+    history = pd.read_csv(runs[0] / "fold1" / "history.csv")
+    assert scores[scores["fold"] == 1]["dice:none"].mean() == pytest.approx(history["dice"].max(), abs=1e-3)
+
+
+def test_gains_are_the_mean_differences_to_each_simpler_variant(scores):
+    gains = evaluation.gains(scores).set_index("variant")
+    assert set(gains.index) == {"none", "a", "b", "fold 0", "fold 1"}
+    assert gains.loc["none", "gain"] == pytest.approx((scores["dice"] - scores["dice:none"]).mean())
+    assert gains.loc["fold 0", "pictures"] == 4
+    assert (gains["low"] <= gains["gain"]).all()
+    assert (gains["gain"] <= gains["high"]).all()
+
+
+def test_error_parts_sum_to_all_wrong_pixels(scores):
+    wrong = scores[["edge_1", "edge_3", "edge_10", "missed", "extra"]].sum(axis=1)
+    both = scores["dice"] * (scores["area"] + scores["predicted_area"]) / 2
+    assert np.allclose(wrong / (96 * 126), scores["area"] + scores["predicted_area"] - 2 * both)
+
+
+def test_a_scored_fold_is_read_again_until_its_weights_change(shared_competition, runs, scores):
+    path = runs[0] / "fold0" / "scores.csv"
+    written = path.stat().st_mtime_ns
+    evaluate(shared_competition, runs)
+    evaluate(shared_competition, runs)
+    assert path.stat().st_mtime_ns != written  # one run's scores had replaced the blend's
+    written = path.stat().st_mtime_ns
+    evaluate(shared_competition, runs)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_ensemble_json_names_every_fold_of_every_run(runs, scores):
+    ensemble = evaluation.write_results(runs[0], scores, runs, ["none"])
+    found = inference.Ensemble.read(runs[0] / "ensemble.json")
+    assert len(found.paths) == len(ensemble.paths) == 4
+    assert sum(found.weights) == pytest.approx(1)
+    assert len(pd.read_csv(runs[0] / "scores.csv")) == len(scores)
+
+
+def test_runs_with_other_folds_are_not_blended(shared_competition, runs, tmp_path):
+    other = tmp_path / "other"
+    pictures = photos.index(shared_competition)
+    folds.folds_of_run(other, pictures, 2, 0, 1)
+    with pytest.raises(UserError, match=r"other has other folds than .*a"):
+        evaluate(shared_competition, [runs[0], other])
+
+
+def test_masks_that_are_all_empty_are_an_error_that_names_likely_causes(shared_competition, tmp_path):
+    run = train_run(shared_competition, tmp_path / "black", epochs=1, lr=1e-9, ema=0.0)
+    for fold in (0, 1):
+        path = run / f"fold{fold}" / "best.safetensors"
+        model, _ = models.load_checkpoint(path)
+        model.net.segmentation_head[0].bias.data.fill_(-1e4)
+        models.save_checkpoint(path, model.state_dict(), model.network)
+    with pytest.raises(UserError, match=r"Every predicted mask of .*black is empty.*lr"):
+        evaluate(shared_competition, [run])
+
+
+def test_a_run_without_folds_is_named(shared_competition, tmp_path):
+    with pytest.raises(UserError, match=r"folds.csv does not exist. Train with 03_train first"):
+        evaluate(shared_competition, [tmp_path / "none"])

@@ -1,0 +1,235 @@
+"""Every figure says what it found, shows what it was given, and is written whole."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import simplejpeg
+
+from carvana import figures, photos, rle
+
+HEIGHT, WIDTH = 40, 60
+
+
+def square(top, left, size, height=HEIGHT, width=WIDTH):
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top : top + size, left : left + size] = True
+    return mask
+
+
+def table(masks):
+    """An index as photos.index gives it, from {(car, view): mask}."""
+    rows = [(f"{car}_{view:02d}.jpg", car, view, rle.encode(mask), mask.mean()) for (car, view), mask in masks.items()]
+    return pd.DataFrame(rows, columns=["img", "car", "view", "rle", "area"]).assign(height=HEIGHT, width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Two cars in 16 views: car a of 10 x 10, car b of 20 x 20 pixels, both with their corner at 10, 20."""
+    return table({(car, view): square(10, 20, size) for car, size in (("a", 10), ("b", 20)) for view in range(1, 17)})
+
+
+@pytest.fixture(scope="module")
+def archive(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    for name in pictures["img"]:
+        (folder / name).write_bytes(simplejpeg.encode_jpeg(np.full((HEIGHT, WIDTH, 3), 200, np.uint8)))
+    return photos.Archive(folder, ".jpg")
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """A figure that does not fit its page, or a scale that cannot show a value, is a fault."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def scores(dice=(0.9, 0.8, 0.7, 0.6)):
+    """Two cars with two views each."""
+    rows = pd.DataFrame({"car": ["a", "a", "b", "b"], "view": [1, 2, 1, 2], "fold": [0, 0, 1, 1], "dice": dice})
+    return rows.assign(edge_1=30, edge_3=20, edge_10=25, missed=15, extra=10)
+
+
+def history(dice, loss):
+    epochs = list(range(len(dice)))
+    return pd.DataFrame({"epoch": epochs, "lr": 0.01, "loss": loss, "dice": dice, "iou": [d / (2 - d) for d in dice]})
+
+
+def title(ax):
+    return ax.get_title(loc="left")
+
+
+def draw(figure):
+    figure.canvas.draw()
+    return figure
+
+
+def images(figure):
+    return [ax for ax in figure.axes if ax.images]
+
+
+def test_turntable_shows_sixteen_views_and_tells_the_smallest_and_largest(archive, pictures):
+    figure = draw(figures.turntable(archive, pictures, "a"))
+    assert len(images(figure)) == 16
+    assert figure.get_suptitle() == "Car a covers 4.2% of the picture (view 1) to 4.2% (view 1)"  # 100 / 2400
+    assert images(figure)[2].get_title() == "view 3: 4.2% car"
+
+
+def test_areas_names_the_views_with_most_and_least_car():
+    masks = {(car, view): square(0, 0, 10 * view) for car in "ab" for view in (1, 2)}
+    left, right = draw(figures.areas(table(masks))).axes
+    assert title(left) == "View 2 shows most car (16.7%), view 1 least (4.2%)"
+    assert "share of the picture" in left.get_ylabel()
+    assert title(right) == "Cars: 10.4% to 10.4%"
+
+
+def test_mean_mask_averages_the_masks_of_each_view(pictures):
+    figure = draw(figures.mean_mask(pictures))
+    assert len(images(figure)) == 16
+    mean = images(figure)[0].images[0].get_array()
+    assert mean.shape == (5, 8)  # an eighth of 40 x 60, rounded
+    assert mean.mean() == pytest.approx((100 + 400) / 2 / 2400, abs=0.003)
+    assert figure.get_suptitle().endswith("always is")
+
+
+def test_oddities_find_patch_gap_and_area_and_where_they_are():
+    odd_one = square(0, 0, 20)
+    odd_one[30:32, 50:55] = True  # a patch of 10 pixels
+    odd_one[5:8, 5:8] = False  # a gap of 9 pixels
+    masks = {(car, view): square(0, 0, 20) for car in "abc" for view in (1, 2, 3)} | {("b", 2): odd_one}
+    masks[("c", 3)] = square(0, 0, 10)
+    found = figures.oddities(table(masks)).set_index("img")
+    odd = found.loc["b_02.jpg"]
+    assert (odd["fragment"], odd["fragment_at"]) == (10, (52, 30.5))
+    assert (odd["hole"], odd["hole_at"]) == (9, (6, 6))
+    assert found.loc["c_03.jpg", "ratio"] == pytest.approx(1 / 4)
+    assert found["ratio"].drop("c_03.jpg").between(0.99, 1.01).all()
+    assert (found.drop("b_02.jpg")[["fragment", "hole"]] == 0).all(axis=None)
+
+
+def test_a_gap_that_opens_to_the_border_and_an_empty_mask_are_no_holes():
+    open_gap = square(0, 0, 40)
+    open_gap[0:30, 10:20] = False
+    found = figures.oddities(table({("a", 1): open_gap, ("b", 1): square(0, 0, 0), ("c", 1): square(0, 0, 40)}))
+    assert (found[["fragment", "hole"]] == 0).all(axis=None)
+
+
+def test_odd_pictures_show_one_row_for_each_kind(archive, pictures):
+    odd = figures.oddities(pictures).assign(fragment=0)
+    odd.loc[3, ["hole", "hole_at"]] = [7, (20, 15)]
+    figure = draw(figures.odd_pictures(archive, pictures, odd, columns=2))
+    shown = [ax.get_title() for ax in images(figure)]
+    assert shown == ["a_04.jpg\ngap of 7 pixels"]  # areas are as expected, and there is no patch
+    assert figure.get_suptitle() == "The oddest of 32 masks: area off by 0%, patch of 0, gap of 7 pixels"
+
+
+def test_fold_balance_counts_held_out_cars_apart(pictures):
+    dealt = pd.DataFrame({"car": ["a", "b"], "fold": [-1, 0]})
+    left, right = draw(figures.fold_balance(pictures, dealt)).axes
+    assert title(left) == "Folds hold 16 to 16 pictures"
+    assert [label.get_text() for label in left.get_xticklabels()] == ["held out", "0"]
+    assert title(right) == "Mean areas lie between 4.2% and 16.7%"
+
+
+def test_training_curves_tell_the_best_epoch_and_the_untrained_score():
+    figure = draw(figures.training_curves(history([0.1, 0.95, 0.9], [np.nan, 0.5, 0.25])))
+    loss, dice, iou, lr = figure.axes
+    assert title(loss) == "Loss goes from 0.5000 to 0.2500"
+    assert title(dice) == "Best Dice 0.950000, untrained 0.100000"
+    assert title(iou) == "Best IoU 0.904762, untrained 0.052632"
+    assert [text.get_text() for text in dice.get_legend().get_texts()] == ["untrained", "best Dice, epoch 1"]
+    assert {ax.get_xlabel() for ax in figure.axes} == {"epoch"}
+    assert lr.get_ylabel() == "learning rate"
+
+
+@pytest.mark.parametrize("dice", [[0.0], [0.5], [0.0, 1.0], [0.3, 0.3, 0.3], list(np.linspace(0.1, 0.9995, 50))])
+def test_training_curves_bear_any_history(dice):
+    draw(figures.training_curves(history(dice, [np.nan] + [0.5] * (len(dice) - 1))))
+
+
+def test_overlays_paint_missed_and_extra_pixels_in_their_colours(archive):
+    true, predicted = square(10, 20, 20), square(10, 25, 20)
+    figure = draw(figures.overlays(archive, ["a_01.jpg"], [predicted.astype(np.float32)], [true], ["first"]))
+    whole, spot = images(figure)
+    assert (whole.get_title(), spot.get_title()) == ("first", "where most is wrong")
+    assert figure.get_suptitle() == "Of the wrong pixels 50% are car missed, the others wall taken for car"
+    seen = {tuple(pixel) for pixel in whole.images[0].get_array().reshape(-1, 3)}
+    for colour in (figures.MISSED, figures.EXTRA):
+        colour = 0.25 * 200 + 0.75 * np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        assert min(np.abs(np.array(pixel) - colour).max() for pixel in seen) <= 1
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["car missed", "wall taken for car", "true edge"]
+
+
+def test_overlays_without_masks_show_one_outline_a_picture_even_where_it_is_empty(archive):
+    probabilities = (p.astype(np.float32) for p in (square(10, 20, 20), square(0, 0, 0)))
+    figure = draw(figures.overlays(archive, ["a_01.jpg", "a_02.jpg"], probabilities))
+    assert [ax.get_title() for ax in images(figure)] == ["a_01.jpg", "a_02.jpg"]
+    assert figure.get_suptitle() == "Predicted cars cover 0.0% to 16.7% of the picture"
+    assert [len(ax.collections) for ax in images(figure)] == [1, 0]
+
+
+def test_overlays_crop_around_the_car_in_the_shape_of_the_picture(archive):
+    figure = draw(figures.overlays(archive, ["a_01.jpg"], [square(10, 20, 20).astype(np.float32)]))
+    height, width = images(figure)[0].images[0].get_array().shape[:2]
+    assert (height, width) == (22, 32)  # 1.08 x 20 rows, and as many columns as the picture's shape asks for
+
+
+def test_dice_by_view_and_by_car_name_the_worst():
+    (ax,) = draw(figures.dice_by_view(scores())).axes
+    assert title(ax) == "Hardest is view 2 with 0.700000, easiest view 1 with 0.800000"
+    (ax,) = draw(figures.dice_by_car(scores())).axes
+    assert title(ax) == "70% of all lost Dice is lost on the worst 1 of 2 cars"  # 0.35 of 0.15 + 0.35
+    assert ax.texts[0].get_text() == "b  0.650000"
+
+
+def test_error_parts_tell_how_much_is_at_the_edge():
+    (ax,) = draw(figures.error_parts(scores())).axes
+    assert title(ax) == "50% of the wrong pixels lie within 3 pixels of the true edge"
+    assert ax.texts[0].get_text() == "30.0%, 30 pixels a picture"
+    assert len(ax.patches) == 5
+
+
+@pytest.mark.parametrize(
+    "dice", [(0.9, 0.8, 0.7, 0.6), (1, 1, 1, 1), (0, 1, 0.5, 0.5), (0.9951, 0.9952, 0.9953, 0.9954)]
+)
+def test_charts_of_scores_bear_perfect_and_empty_predictions(dice):
+    (ax,) = draw(figures.dice_distribution(scores(dice))).axes
+    assert f"{np.median(dice):.6f}" in title(ax)
+    assert len(ax.get_xticks()) >= 2
+    draw(figures.dice_by_car(scores(dice)))
+    draw(figures.dice_by_view(scores(dice)))
+
+
+def test_gains_count_only_what_is_sure():
+    rows = [("none", 0.9, 0.92, 0.02, 0.01, 0.03, 4), ("a", 0.91, 0.92, 0.01, -0.01, 0.03, 4)]
+    found = pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "pictures"])
+    (ax,) = draw(figures.gains(found)).axes
+    assert title(ax) == "The ensemble is surely better than 1 of 2 simpler variants"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["over a", "over none"]
+    (ax,) = draw(figures.gains(found[:0])).axes
+    assert title(ax) == "Nothing to compare"
+
+
+def test_test_areas_count_what_lies_outside_the_training_range():
+    train, test = pd.DataFrame({"area": [0.1, 0.2, 0.3]}), pd.DataFrame({"area": [0.2, 0.2, 0.5]})
+    (ax,) = draw(figures.test_areas(test, train)).axes
+    assert title(ax) == "Middle area 20.0% against 20.0% in training; 1 of 3 outside the training range"
+
+
+def test_a_saved_figure_is_a_png_and_is_handed_back_to_be_shown(tmp_path):
+    figure = figures.dice_by_view(scores())
+    assert figures.save(figure, tmp_path / "figures" / "views.png") is figure
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["views.png"]
+    assert (tmp_path / "figures" / "views.png").read_bytes().startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_colour_has_one_meaning():
+    palette = [figures.TRUE, figures.PREDICTED, figures.MISSED, figures.EXTRA, *figures.EDGES]
+    palette += [figures.DATA, figures.MARK, figures.HELD_OUT, *figures.FOLDS]
+    assert len(set(palette)) == len(palette)
+    assert figures.fold_colour(-1) == figures.HELD_OUT
+    assert figures.fold_colour(0) == figures.fold_colour(len(figures.FOLDS))
