@@ -16,7 +16,7 @@ from carvana import rle
 from carvana.files import UserError, atomic, need_space, progress, read_json, write_json
 
 VERSION, VIEWS, HEIGHT, WIDTH = 2, 16, 1280, 1918
-PARTS, COLUMNS = ("train", "test"), ["id", "year", "make", "model", "trim1", "trim2"]
+COLUMNS = {"metadata": ["id", "year", "make", "model", "trim1", "trim2"]}
 MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
 PAINTS = {  # red, green, blue; how much of the studio the paint mirrors
     "white": (0.93, 0.93, 0.92, 0.05), "black": (0.03, 0.03, 0.035, 0.20), "silver": (0.62, 0.63, 0.65, 0.20),
@@ -42,7 +42,8 @@ FITTINGS = [  # where; left and right as shares of the length or of half the wid
     (NOSE, -0.17, 0.17, 0.27, 0.35, PLATE), (TAIL, -0.17, 0.17, 0.42, 0.51, PLATE), (FLANK, 0.3, 0.7, 0.15, 0.2, DARK),
     (TAIL, -0.66, 0.66, 0.2, 0.26, DARK), (TAIL, 0.66, 0.94, 0.5, 0.61, RED),
 ]  # fmt: skip
-SKIN = 2048, 512  # columns and rows of a drawing of the skin
+SKIN = 2048, 512  # columns and rows of a drawing of what covers the body
+CIRCLE = np.linspace(0, 2 * np.pi, 145)
 
 
 class Car:
@@ -62,26 +63,15 @@ class Car:
         self.row = self.id, rng.integers(2008, 2017), make, model, model, "Base"
         self.mesh, self.skin, self.studio = _mesh(self), _skin(self), _studio(rng, self)
 
-    def axes(self, azimuth):
-        """Directions right, down and away, (3, 3), of the level camera; azimuth: radians, 0 before the nose."""
-        right, away = (-np.sin(azimuth), np.cos(azimuth), 0), (-np.cos(azimuth), -np.sin(azimuth), 0)
-        return np.array([right, (0, 0, -1), away])
 
-    def project(self, points, azimuth):
-        """Positions in the picture (..., 2) of points (..., 3)."""
-        seen = points @ self.axes(azimuth).T + (0, self.height, self.distance)
-        return seen[..., :2] * self.focal / seen[..., 2:] + self.centre
-
-    def floor(self, outline, azimuth):
-        """Positions (n, 2) of an outline (n, 2) on the floor."""
-        return self.project(np.insert(outline, 2, 0, axis=1), azimuth)
-
-
-def _oval(left, right, low, high, power=1.0, points=49):
-    """Closed outline (points, 2) that fills a rectangle: an ellipse, squarer for a smaller power."""
-    angle = np.linspace(0, 2 * np.pi, points)
-    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+def _oval(left, right, low, high, power=1.0):
+    """Closed outline (n, 2) that fills a rectangle: an ellipse, squarer for a smaller power."""
+    circle = np.stack([np.cos(CIRCLE), np.sin(CIRCLE)], axis=1)
     return (np.sign(circle) * np.abs(circle) ** power * (right - left, high - low) + (left + right, low + high)) / 2
+
+
+def _corners(*ranges):
+    return np.stack(np.meshgrid(*ranges), axis=-1).reshape(-1, 3)
 
 
 def _pixels(points):
@@ -99,32 +89,31 @@ def _mesh(car):
     top = height * np.mean([np.interp((1 - end) / 2 + shift, *car.top) for shift in shifts], axis=0)
     bottom, top = (middle + (z - middle) * rounded for z in (0.58 * car.wheel, top))
     belt = np.minimum(BELT * height, 0.14 * bottom + 0.86 * top)
-    across, up = _oval(-1, 1, -1, 1, 1 / 3, 145).T
+    across, up = _oval(-1, 1, -1, 1, 1 / 3).T
     z = belt + up * np.where(up > 0, top - belt, belt - bottom)
     share = z / height - BELT
-    y = across * width / 2 * (1 - end**6) ** (1 / 6) * (1 - 0.5 * share.clip(0) - 0.3 * (share + 0.15).clip(None, 0) ** 2)
+    taper = 1 - 0.5 * share.clip(0) - 0.3 * (share + 0.15).clip(None, 0) ** 2
+    y = width / 2 * (1 - end**6) ** (1 / 6) * across * taper
     return np.stack(np.broadcast_arrays(end * length / 2, y, z), axis=2)
 
 
 def _skin(car):
     """What covers flank, nose and tail, (3, rows, columns): by shares of the height, the length or half the width."""
-    skin, (length, _, height), radius = np.zeros((3, *SKIN[::-1]), np.uint8), car.size, car.wheel * 1.13
-    joints = [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
-    for where, left, right, low, high, what in FITTINGS + joints:
-        _fill(skin[where], _oval(left, right, low, high, 0.4) * SKIN, what)
-    cowl, panes = np.interp(car.glass[0] - 0.035, *car.top) + 0.02, []
-    for where, low in ((NOSE, cowl), (TAIL, car.rear)):
-        panes.append((where, [(-0.84, low), (0.84, low), (0.84 - 0.42 * (0.955 - low), 0.955), (-0.68, 0.955)]))
+    skin, (length, _, height), radius = np.zeros((3, *SKIN[::-1]), np.uint8), car.size, 1.13 * car.wheel
+    fittings = FITTINGS + [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
+    for where, low in ((NOSE, np.interp(car.glass[0] - 0.035, *car.top) + 0.02), (TAIL, car.rear)):
+        fittings.append((where, -0.82, 0.82, low, 0.955, GLASS))
+    outlines = [(where, _oval(*rectangle, 0.2), what) for where, *rectangle, what in fittings]
     for left, right in zip(car.glass[:-1], car.glass[1:], strict=True):
         x = np.linspace(left + 0.008, right - 0.008, 16)
         upper = (np.interp(x, *car.top) - 0.07).clip(BELT + 0.05, 0.93)
-        panes.append((FLANK, [(x[-1], BELT + 0.03), (x[0], BELT + 0.03), *zip(x, upper, strict=True)]))
-    for where, pane in panes:
-        _fill(skin[where], np.array(pane) * SKIN, GLASS)
-        cv2.polylines(skin[where], [_pixels(np.array(pane) * SKIN)], True, DARK, 7, shift=4)
+        outlines.append((FLANK, [(x[-1], BELT + 0.03), (x[0], BELT + 0.03), *zip(x, upper, strict=True)], GLASS))
     for x in 0.5 - car.axles / length:
-        wide, high = radius / length, radius / height
-        _fill(skin[FLANK], (_oval(x - wide, x + wide, -high, high) + (0, car.wheel / height)) * SKIN, OPEN)
+        arch = _oval(x - radius / length, x + radius / length, car.wheel - radius, car.wheel + radius)
+        outlines.append((FLANK, arch / (1, height), OPEN))
+    for where, outline, what in outlines:
+        _fill(skin[where], np.array(outline) * SKIN, what)
+        cv2.polylines(skin[where], [_pixels(np.array(outline) * SKIN)], True, DARK, 5, shift=4)
     return skin
 
 
@@ -133,68 +122,89 @@ def _studio(rng, car):
     rows, columns = np.float32(np.linspace(0, 1, HEIGHT)[:, None, None]), np.float32(np.linspace(-1, 1, WIDTH)[:, None])
     wall, edge = np.full((HEIGHT, WIDTH, 3), 253, np.uint8), car.centre[1] / HEIGHT + 0.095 + rng.normal(0, 0.008)
     shift, line = rng.integers(0, 150), int((edge - 0.19) * HEIGHT) + 262
-    for text, left, bold in (("MIN", 20, 20), ("AVIMA", 680, 54)):
-        cv2.putText(wall, text, (left + shift, line), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), bold, cv2.LINE_AA)
+    cv2.putText(wall, "MIN AVIMA", (20 + shift, line), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), 54, cv2.LINE_AA)
     stains = rng.normal(0, 1, (16, 10)).astype(np.float32)
     floor = cv2.resize(stains, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)[..., None] * np.float32((1.5, 2, 3.5))
     floor += 182 + 34 * rows - 6 * columns**2
     weight = np.clip((rows - edge - 0.03 * columns**2) * 250 + 0.5, 0, 1)
     image = wall * (1 - 0.04 * columns**2 - 0.03 * rows) * (1 - weight) + floor * weight
     image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
-    table = _pixels(car.floor(_oval(-3.2, 3.2, -3.2, 3.2, points=200), 0))
-    return cv2.polylines(image, [table], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
+    table = _Scene(car, 0).floor(-3.2, 3.2, -3.2, 3.2)
+    return cv2.polylines(image, [_pixels(table)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
 
 
 class _Scene:
-    """A car from an azimuth on a canvas of red, green, blue and cover, (HEIGHT, WIDTH, 4) uint8, cover 0 or 255."""
+    """A car before a level camera, on a canvas; azimuth: radians, 0 before the nose."""
 
     def __init__(self, car, azimuth):
-        self.car, self.azimuth, self.canvas = car, azimuth, np.zeros((HEIGHT, WIDTH, 4), np.uint8)
-        self.axes = car.axes(azimuth)
-        self.eye = -self.axes[2] * car.distance + (0, 0, car.height)
+        right, away = (-np.sin(azimuth), np.cos(azimuth), 0), (-np.cos(azimuth), -np.sin(azimuth), 0)
+        self.car, self.axes = car, np.array([right, (0, 0, -1), away])
+        self.eye = np.array([0, -car.height, -car.distance]) @ self.axes
+        self.canvas = np.zeros((HEIGHT, WIDTH, 4), np.uint8)  # red, green, blue, cover: 0 or 255
 
     def at(self, points):
-        return self.car.project(points, self.azimuth).astype(np.float32)
+        """Positions in the picture (..., 2) of points (..., 3)."""
+        seen = (points - self.eye) @ self.axes.T
+        return np.float32(seen[..., :2] * self.car.focal / seen[..., 2:] + self.car.centre)
+
+    def floor(self, *rectangle):
+        return self.at(np.insert(_oval(*rectangle), 2, 0, axis=1))
 
     def solid(self, points, colour):
-        _fill(self.canvas, cv2.convexHull(self.at(points)), (*colour, 255))
+        _fill(self.canvas, cv2.convexHull(self.at(points)), (*np.float64(colour), 255))
+
+    def shade(self):
+        """Share of the light that the car leaves on the floor, (HEIGHT, WIDTH) uint8."""
+        length, width, _ = self.car.size / 2
+        soft, close = np.zeros((2, HEIGHT // 8, WIDTH // 8 + 1), np.float32)
+        _fill(soft, self.floor(-length, length, -width, width, 0.4) / 8, 1)
+        for x, y, _ in _corners(self.car.axles, (-0.8 * width, 0.8 * width), (0,)):
+            _fill(close, self.floor(x - 0.3, x + 0.3, y - 0.16, y + 0.16) / 8, 1)
+        dark = 0.34 * cv2.GaussianBlur(soft, (0, 0), 7) + 0.28 * cv2.GaussianBlur(soft, (0, 0), 2.5)
+        shade = (1 - dark - 0.45 * cv2.GaussianBlur(close, (0, 0), 1.5)).clip(0, 1) * 255
+        return cv2.resize(shade.astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+
+    def on_wheel(self, x, side, share=1.0, deep=0.0, angle=CIRCLE):
+        """Positions (n, 2) of points on a wheel: shares of its radius, metres inwards, angles."""
+        radius, y = self.car.wheel, side * (0.48 * self.car.size[1] - np.asarray(deep))
+        across, up = x + radius * share * np.cos(angle), radius + radius * share * np.sin(angle)
+        return self.at(np.stack(np.broadcast_arrays(across, y, up), axis=-1)).reshape(-1, 2)
+
+    def wheel(self, x, side):
+        """Draw a wheel, open between its spokes where its face is seen."""
+        layer, place = np.zeros_like(self.canvas), partial(self.on_wheel, x, side)
+        _fill(layer, cv2.convexHull(place(deep=[[0], [0.24]])), (28, 28, 28, 255))
+        if self.eye[1] * side > self.car.size[1] / 2:
+            _fill(layer, place(0.7), (*[self.car.rim] * 3, 255))
+            for turn in 40 * self.car.turn + np.linspace(0, 2 * np.pi, self.car.spokes, endpoint=False):
+                gap = place([0.24, 0.63, 0.63, 0.63, 0.24], 0, turn + np.array([-0.6, -1, 0, 1, 0.6]) * 2.2 / self.car.spokes)
+                _fill(layer, gap, (45, 45, 45, 255))
+                through = cv2.intersectConvexConvex(gap, place(0.62, 0.2))[1]
+                if through is not None:
+                    _fill(layer, through, (0, 0, 0, 0))
+        cv2.copyTo(layer, layer[..., 3], self.canvas)
 
     def faces(self):
-        """Number of the visible face of the body in each pixel, from 1, 0 for none; the faces' corners and normals."""
-        mesh, at = self.car.mesh, self.at(self.car.mesh)
+        """Index of the body's face in each pixel, -1 for none, the faces' corners and normals."""
+        mesh, at, index = self.car.mesh, self.at(self.car.mesh), np.full((HEIGHT, WIDTH), -1, np.int32)
         corners = mesh[:-1, :-1].reshape(-1, 3)
         normals = np.cross(mesh[:-1, 1:] - mesh[1:, :-1], mesh[1:, 1:] - mesh[:-1, :-1]).reshape(-1, 3)
         normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9
         outlines = _pixels(np.stack([at[:-1, :-1], at[1:, :-1], at[1:, 1:], at[:-1, 1:]], axis=2).reshape(-1, 4, 2))
-        facing = np.einsum("ij,ij->i", normals, self.eye - corners) > 0
-        order = np.argsort(corners @ -self.axes[2], kind="stable")  # far ones first
-        numbers = np.zeros((HEIGHT, WIDTH), np.int32)
-        for face in order[facing[order]].tolist():
-            cv2.fillConvexPoly(numbers, outlines[face], face + 1, shift=4)
-        return numbers, corners, normals
+        facing = ((self.eye - corners) * normals).sum(axis=1) > 0
+        far_first = np.argsort(-corners @ self.axes[2], kind="stable")
+        for face in far_first[facing[far_first]].tolist():
+            cv2.fillConvexPoly(index, outlines[face], face, shift=4)
+        return index, corners, normals
 
-    def body(self):
-        """Draw the body but for its wheel arches."""
-        numbers, corners, normals = self.faces()
-        rows, columns = np.nonzero(numbers)
-        face = numbers[rows, columns] - 1
-        shades = self.shades(normals)[face]
-        what = self.materials(rows, columns, corners[face], normals[face])
-        colours = np.where((what == PAINT)[:, None], shades[:, :3], TONES[what])
-        colours[what == GLASS] = shades[what == GLASS, 3:] // 4 + np.uint8((40, 44, 42))
-        shown = what != OPEN
-        self.canvas[rows[shown], columns[shown]] = np.insert(colours[shown], 3, 255, axis=1)
-
-    def materials(self, rows, columns, corners, normals):
+    def cover(self, rows, columns, corners, normals):
         """What covers the body in pixels (n,) whose rays meet planes through corners with normals, (n, 3) each."""
-        rays = np.stack([columns, rows, 0 * rows], axis=1) - (*self.car.centre, -self.car.focal)
-        rays = rays @ self.axes
+        rays = (np.stack([columns, rows, 0 * rows], axis=1) - (*self.car.centre, -self.car.focal)) @ self.axes
         reach = ((corners - self.eye) * normals).sum(axis=1) / (rays * normals).sum(axis=1)
         x, y, z = ((self.eye + rays * reach[:, None]) / self.car.size).T
-        ends = (np.abs(y) < 0.44 - 0.22 * (z - BELT).clip(0)) | (np.abs(x) > 0.45)
-        where = np.where(ends, np.where(x > 0, NOSE, TAIL), FLANK)
-        across = np.where(ends, 2 * np.abs(y), 0.5 - x)
-        column, row = ((share * size).clip(0, size - 1).astype(int) for share, size in zip((across, z), SKIN, strict=True))
+        ends = (np.abs(x) > 0.45) | (z > 0.25) & (np.abs(y) < 0.44 - 0.22 * (z - BELT).clip(0))
+        across, where = np.where(ends, 2 * np.abs(y), 0.5 - x), np.where(ends, np.where(x > 0, NOSE, TAIL), FLANK)
+        column, row = (np.stack([across, z], axis=1) * SKIN).clip(0, np.array(SKIN) - 1).astype(int).T
         return self.car.skin[where, row, column]
 
     def shades(self, normals):
@@ -207,85 +217,51 @@ class _Scene:
         shine = mirrored * (gloss + 0.5 * (1 - facing) ** 4)
         return (np.column_stack([light + shine[:, None], mirrored]) * 255).clip(0, 255).astype(np.uint8)
 
-    def wheel(self, x, side, near):
-        """Draw a wheel; a near one is open between its spokes."""
-        radius, shine, outer = self.car.wheel, self.car.rim, side * self.car.size[1] * 0.48
-        layer = np.zeros_like(self.canvas)
-
-        def ring(share, deep):
-            circle = _oval(-1, 1, -1, 1) * share * radius + (x, radius)
-            return self.at(np.insert(circle, 1, outer - side * deep, axis=1))
-
-        _fill(layer, cv2.convexHull(np.vstack([ring(1, 0), ring(1, 0.24)])), (28, 28, 28, 255))
-        if near:
-            through = cv2.intersectConvexConvex(ring(0.66, 0), ring(0.62, 0.2))[1]
-            parts = [(ring(0.7, 0), 0.8 * shine), (ring(0.66, 0), 45), (through, 0), (ring(0.46, 0.08), 72)]
-            for turn in np.linspace(0, 2 * np.pi, self.car.spokes, endpoint=False) + self.car.turn * 40:
-                angle = turn + 1.35 / self.car.spokes * np.array([-1.0, 1.0, 0.75, -0.75])
-                spoke = np.stack([np.cos(angle), 0 * angle, np.sin(angle)], axis=1) * [[0.12], [0.12], [0.68], [0.68]]
-                spoke = self.at(spoke * radius + (x, outer - side * 0.02, radius))
-                parts.append((spoke, shine * (0.85 + 0.15 * np.sin(turn))))
-            for points, tone in parts:
-                if points is not None:
-                    _fill(layer, points, (tone, tone, tone, 255 if tone else 0))
-        cv2.copyTo(layer, layer[..., 3], self.canvas)
+    def body(self):
+        """Draw the body but for its wheel arches."""
+        index, corners, normals = self.faces()
+        rows, columns = np.nonzero(index >= 0)
+        face = index[rows, columns]
+        shades, what = self.shades(normals)[face], self.cover(rows, columns, corners[face], normals[face])
+        colours = np.where((what == PAINT)[:, None], shades[:, :3], TONES[what])
+        colours[what == GLASS] = shades[what == GLASS, 3:] // 4 + np.uint8((40, 44, 42))
+        shown = what != OPEN
+        self.canvas[rows[shown], columns[shown]] = np.insert(colours[shown], 3, 255, axis=1)
 
     def mirror(self, side):
         length, width, height = self.car.size
         foot = length * (0.47 - self.car.glass[0]), side * (width / 2 + 0.06), BELT * height + 0.09
-        ball = np.stack(np.meshgrid(*[(-1, -0.6, 0.6, 1)] * 3), axis=-1).reshape(-1, 3)
-        ball = ball[np.abs(ball).sum(axis=1) < 2.3] * (0.09, 0.12, 0.085)
-        self.solid(ball * (1, 1, 0.4) + foot - (0, side * 0.1, 0.06), (20, 20, 20))
-        self.solid(ball + foot, np.array(self.car.paint[:3]) * 190 + 8)
+        box = _corners((-0.09, -0.05, 0.05), (-0.12, 0.12), (-0.08, 0.08))
+        self.solid(box * (1, 1, 0.4) + foot - (0, side * 0.1, 0.06), TONES[DARK])
+        self.solid(box + foot, np.array(self.car.paint[:3]) * 190 + 8)
 
     def draw(self):
         """Draw the car, what lies behind first; returns the canvas."""
-        length, width, height = self.car.size
-        near = [side for side in (1, -1) if self.eye[1] * side > width / 2]
-        far = {1, -1} - set(near)
-        for x in self.car.axles:
-            for side in far:
-                self.wheel(x, side, False)
-        inner = np.stack(np.meshgrid((-0.4, 0.41), (-0.4, 0.4), (0.2, 0.5)), axis=-1).reshape(-1, 3)
-        self.solid(inner * self.car.size, (13, 13, 13))
-        for x in self.car.axles:
-            for side in near:
-                self.wheel(x, side, True)
-        for side in far:
-            self.mirror(side)
-        x = 0.63 - self.car.glass[-1]
-        roof = np.array([length * x, 0, height * np.interp(0.5 - x, *self.car.top) - 0.02])
-        self.solid(roof + [(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.3), (-0.16, -0.006, 0.3)], (20, 20, 20))
+        near, (length, _, height), share = 1 if self.eye[1] > 0 else -1, self.car.size, self.car.glass[-1] - 0.13
+        self.mirror(-near)
+        self.solid(_corners((-0.43, 0.42), (-0.43, 0.43), (0.2, 0.5)) * self.car.size, (13, 13, 13))
+        for side in (-near, near):
+            for x in self.car.axles:
+                self.wheel(x, side)
+        foot = length * (0.5 - share), 0, height * np.interp(share, *self.car.top) - 0.02
+        aerial = np.array([(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.3), (-0.16, -0.006, 0.3)])
+        self.solid(aerial + foot, TONES[DARK])
         self.body()
-        for side in near:
-            self.mirror(side)
+        self.mirror(near)
         return self.canvas
-
-
-def _shade(car, azimuth):
-    """Share of the light that the car leaves on the floor, (HEIGHT, WIDTH) uint8."""
-    length, width, _ = car.size
-    soft, close = np.zeros((2, HEIGHT // 8, WIDTH // 8 + 1), np.float32)
-    _fill(soft, car.floor(_oval(-length / 2, length / 2, -width / 2, width / 2, 0.4), azimuth) / 8, 1)
-    for x in car.axles:
-        for y in (-0.4 * width, 0.4 * width):
-            _fill(close, car.floor(_oval(x - 0.3, x + 0.3, y - 0.16, y + 0.16), azimuth) / 8, 1)
-    dark = 0.34 * cv2.GaussianBlur(soft, (0, 0), 7) + 0.28 * cv2.GaussianBlur(soft, (0, 0), 2.5)
-    shade = (1 - dark - 0.45 * cv2.GaussianBlur(close, (0, 0), 1.5)).clip(0, 1) * 255
-    return cv2.resize(shade.astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
 
 
 def render(car, view, rng):
     """A photograph, (HEIGHT, WIDTH, 3) uint8, and its mask, (HEIGHT, WIDTH) bool; view: 1..16."""
-    azimuth = (view - 1) * 2 * np.pi / VIEWS + car.turn
-    canvas = _Scene(car, azimuth).draw()
-    picture = cv2.multiply(car.studio, cv2.merge([_shade(car, azimuth)] * 3), scale=1 / 255)
+    scene = _Scene(car, (view - 1) * 2 * np.pi / VIEWS + car.turn)
+    canvas = scene.draw()
+    picture = cv2.multiply(car.studio, cv2.merge([scene.shade()] * 3), scale=1 / 255)
     cv2.copyTo(cv2.cvtColor(canvas, cv2.COLOR_RGBA2RGB), canvas[..., 3], picture)
     noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 6
     return cv2.add(cv2.GaussianBlur(picture, (5, 5), 0.8), noise, dtype=cv2.CV_8U), canvas[..., 3] > 0
 
 
-def _write_view(folder, car, view, rng, part):
+def _write_view(folder, part, car, view, rng):
     """Write a picture, in train with its mask, unless they are there; returns its name and the mask's run lengths."""
     picture = folder / part / f"{car.id}_{view:02d}.jpg"
     mask_file = folder / "train_masks" / f"{picture.stem}_mask.gif"
@@ -303,26 +279,22 @@ def _write_view(folder, car, view, rng, part):
 
 
 def _write_car(folder, seed, job):
-    """Write the views of a car; its random generators depend on nothing but seed, part and number."""
+    """Write a car's views; its random generators depend on nothing but seed, part and number."""
     part, number = job
-    key = (seed, PARTS.index(part), number)
+    key = (seed, ("train", "test").index(part), number)
     car = Car(np.random.default_rng(key), number)
-    views = [_write_view(folder, car, view, np.random.default_rng((*key, view)), part) for view in range(1, VIEWS + 1)]
-    return part, car.row, views
+    views = range(1, VIEWS + 1)
+    return car.row, [_write_view(folder, part, car, view, np.random.default_rng((*key, view))) for view in views]
 
 
 def _complete(folder, wanted):
     """Whether `folder` holds this demo; UserError where it holds something else."""
-    marker = folder / "demo.json"
-    if not marker.exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds files that are not a demo. Use another folder or delete it.")
-        return False
-    found = read_json(marker)
-    if {name: found.get(name) for name in wanted} != wanted:
-        raise UserError(f"{folder} holds another demo: {found}. Use another folder or delete it.")
+    found = read_json(folder / "demo.json") if (folder / "demo.json").exists() else {}
+    if {name: found.get(name) for name in wanted} != wanted and folder.is_dir() and any(folder.iterdir()):
+        what = f"another demo: {found}" if found else "files that are not a demo"
+        raise UserError(f"{folder} holds {what}. Use another folder or delete it.")
     files = sum(len(list(folder.glob(names))) for names in ("t*/*.jpg", "train_masks/*.gif", "*.csv"))
-    return found["complete"] and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
+    return found.get("complete") and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
 
 
 def write_competition(folder, cars=12, test_cars=4, seed=1):
@@ -336,19 +308,15 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
         raise UserError(f"cars={cars} and test_cars={test_cars} must be 1 or more and seed={seed} not negative.")
     if _complete(folder, wanted):
         return
-    need_space(folder, (cars + test_cars) * VIEWS * 400_000)
+    need_space(folder, (cars + test_cars) * VIEWS * 200_000)
     write_json(folder / "demo.json", wanted | {"complete": False})
     jobs = [("train", number) for number in range(cars)] + [("test", number) for number in range(test_cars)]
     with ThreadPoolExecutor(2) as pool:
         done = list(progress(pool.map(partial(_write_car, folder, seed), jobs), "demo cars", "cars", total=len(jobs)))
-    train, test = (sorted(row for part, _, rows in done if part == one for row in rows) for one in PARTS)
+    train, test = (sorted(row for _, rows in part for row in rows) for part in (done[:cars], done[cars:]))
     tables = {"train_masks": train, "truth": test, "sample_submission": [(name, "1 1") for name, _ in test]}
+    tables["metadata"] = sorted(row for row, _ in done)
     for name, rows in tables.items():
-        _write_table(folder / f"{name}.csv", rows, ["img", "rle_mask"])
-    _write_table(folder / "metadata.csv", sorted(row for _, row, _ in done), COLUMNS)
+        with atomic(folder / f"{name}.csv") as file:
+            pd.DataFrame(rows, columns=COLUMNS.get(name, ["img", "rle_mask"])).to_csv(file, index=False)
     write_json(folder / "demo.json", wanted | {"complete": True})
-
-
-def _write_table(path, rows, columns):
-    with atomic(path) as file:
-        pd.DataFrame(rows, columns=columns).to_csv(file, index=False)

@@ -117,7 +117,7 @@ def steps(values: dict) -> Iterator[Step]:
     names = [name.strip() for name in filled["members"].split(",") if name.strip()]
     members = [run.parent / name for name in names] or [run]
     folds = range(filled["n_folds"])
-    checkpoints = [member / f"fold{fold}" for member in members for fold in folds]
+    checkpoints = [member / f"fold{fold}" / "best.safetensors" for member in members for fold in folds]
     sources = [data, data / "train", data / "train_hq"]
     ensemble = resolve(filled["ensemble"]) if filled["ensemble"] else run / "ensemble.json"
     tests = [resolve(filled["test_dir"])] if filled["test_dir"] else [data / "test", data / "test_hq"]
@@ -152,20 +152,20 @@ def _run_group(group: list[Step], folder: Path) -> None:
     """Execute the steps of one notebook that are not done: folds one on each GPU, everything else one by one."""
     note = folder / "steps.json"
     done = read_json(note) if note.exists() else {}
-    todo = [step for step in group if not _is_done(step, folder, done)]
+    keys = {step.title: step.key() for step in group}  # of the inputs as they are before the work
+    todo = [step for step in group if not _is_done(step, folder, done.get(step.title, {}), keys[step.title])]
     for step in group:
         print(f"{step.title}: {'running' if step in todo else 'nothing has changed, skipped'}", flush=True)
     with ThreadPoolExecutor(_gpus() if len(todo) > 1 else 1) as pool:
         timed = pool.map(lambda step: execute(step.name, _output(step, folder), step.values), todo)
         for step, seconds in zip(todo, timed, strict=True):
             print(f"{step.title}: done in {seconds:.0f} s", flush=True)
-            done[step.title] = {"key": step.key(), "seconds": round(seconds, 1)}
+            done[step.title] = {"key": keys[step.title], "seconds": round(seconds, 1)}
             write_json(note, done)
 
 
-def _is_done(step: Step, folder: Path, done: dict) -> bool:
-    written = [_output(step, folder), *step.writes]
-    return all(path.exists() for path in written) and done.get(step.title, {}).get("key") == step.key()
+def _is_done(step: Step, folder: Path, done: dict, key: str) -> bool:
+    return done.get("key") == key and all(path.exists() for path in [_output(step, folder), *step.writes])
 
 
 def _output(step: Step, folder: Path) -> Path:
@@ -189,7 +189,7 @@ def execute(name: str, output: Path, values: dict) -> float:
     try:
         papermill.execute_notebook(
             str(notebook(name)), str(output), values, kernel_name="python3", cwd=str(project_root()),
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except PapermillExecutionError as error:
         if error.ename == "UserError":

@@ -1,7 +1,7 @@
 """The recipe of a training: what decides its weights, and what its names mean."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 
 import torch
 from timm.optim import list_optimizers
@@ -49,7 +49,7 @@ class Recipe:
     @classmethod
     def of(cls, parameters: dict) -> "Recipe":
         """Pick the recipe out of a notebook's parameters: `Recipe.of(globals())`. Names are checked before work."""
-        recipe = cls(**{field.name: parameters[field.name] for field in fields(cls)})
+        recipe = cls(**{field.name: _typed(field, parameters[field.name]) for field in fields(cls)})
         loss_named(recipe.loss)
         precision(recipe.amp)
         if recipe.schedule not in SCHEDULES:
@@ -67,6 +67,14 @@ class Recipe:
     def network(self) -> Network:
         """The part that prediction needs to know."""
         return Network(self.arch, self.encoder, self.decoder_channels, self.height, self.width)
+
+
+def _typed(field: Field, value: object) -> object:
+    """A YAML file's 2e-3 is text to papermill, and its 1 a whole number where a float is meant."""
+    try:
+        return field.type(value)
+    except ValueError as error:
+        raise UserError(f"{field.name} is {value!r}, but must be {field.type.__name__}.") from error
 
 
 def precision(amp: str) -> str:

@@ -1,0 +1,118 @@
+"""Bad input, as a user meets it: one line on standard error, exit code 1, no traceback, nothing half-written."""
+
+import errno
+import json
+
+import pytest
+from conftest import RECIPE
+
+from carvana import cli, files, folds, photos
+from carvana.files import UserError
+
+
+def fails(capsys, *arguments) -> str:
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("carvana: ")
+    assert "Traceback" not in error
+    return error
+
+
+def profile(folder, **changes):
+    values = {name: str(folder / name.removesuffix("_dir")) for name in ("data_dir", "runs_dir", "submissions_dir")}
+    values |= RECIPE | {"run_name": "x", "n_folds": 2} | changes
+    path = folder / "x.yaml"
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
+    return path
+
+
+def test_an_unknown_parameter_stops_before_anything_runs(tmp_path, capsys):
+    error = fails(capsys, "run", profile(tmp_path, epoch=3))
+    assert '"epoch"' in error and 'did you mean "epochs"' in error
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
+
+
+def test_a_missing_mask_ends_the_run_with_the_pictures_name(competition, capsys):
+    listed = competition / "train_masks.csv"
+    listed.write_text("\n".join(listed.read_text().splitlines()[:-1]))
+    error = fails(capsys, "run", profile(competition.parent))
+    assert error.startswith("carvana: 1 of 16 pictures have no mask in train_masks.csv, first 000000000004_04.jpg")
+    assert not (competition.parent / "runs" / "x" / "folds.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("notebook", "changes", "message"),
+    [
+        ("03_train", {"encoder": "resnt18"}, 'encoder "resnt18" is unknown, did you mean "resnet18"'),
+        ("03_train", {"n_folds": 5}, "n_folds is 5 and holdout_cars 0, but there are only 4 cars"),
+        ("03_train", {"height": 100}, "height is 100, but must be a multiple of 32"),
+        ("04_evaluate", {}, "folds.csv does not exist. Train with 03_train first"),
+        ("05_predict", {}, "ensemble.json cannot be read"),
+        ("06_submit", {}, "x.csv.gz"),
+    ],
+)
+def test_a_notebook_ends_with_one_line_that_names_the_parameter_or_file(
+    competition, tmp_path, notebook, changes, message
+):
+    from carvana import pipeline
+
+    values = pipeline.load_profile(profile(competition.parent, **changes))
+    step = next(step for step in pipeline.steps(values) if step.name == notebook)
+    with pytest.raises(UserError) as error:
+        pipeline.execute(notebook, tmp_path / "out.ipynb", step.values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(competition.parent.glob("submissions/*"))
+
+
+def test_no_room_on_the_disk_is_said_and_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "scores.csv"
+    files.write_text(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match=r"scores.csv could not be written: No space left on device. Free space"):
+        files.write_text(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+    assert path.read_text() == "old"
+
+
+def test_space_is_checked_before_it_is_used(tmp_path):
+    with pytest.raises(UserError, match=r"99999999.0 GB are needed and"):
+        files.need_space(tmp_path / "not" / "there", 99_999_999 * 10**9)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.atomic(tmp_path / "part.csv") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_its_place(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_params", lambda options: 1 / 0)
+    assert fails(capsys, "params") == "carvana: ZeroDivisionError: division by zero (--debug shows where)"
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--debug", "params"])
+
+
+def test_validate_prints_every_problem_and_exits_with_one(competition, capsys):
+    bad = competition / "bad.csv"
+    bad.write_text("img,rle_mask\n000000000005_01.jpg,1 2 3\n000000000005_02.jpg,0 5\nextra.jpg,1 1\n")
+    assert cli.main(["validate", str(bad), "--sample", str(competition / "sample_submission.csv")]) == 1
+    told = capsys.readouterr().out
+    for word in ("000000000005_01.jpg", "000000000005_02.jpg", "000000000005_03.jpg", "extra.jpg"):
+        assert word in told
+
+
+def test_a_worker_process_hands_on_our_line_alone():
+    error = UserError("Caught UserError in DataLoader worker.\nTraceback\ncarvana.files.UserError: photo x is bad.\n")
+    assert str(error) == "photo x is bad."
+
+
+def test_folds_need_their_cars_before_anything_is_written(competition):
+    with pytest.raises(UserError, match="n_folds is 9"):
+        folds.folds_of_run(competition.parent / "run", photos.index(competition), 9, 0, 1)
+    assert not (competition.parent / "run").exists()

@@ -1,0 +1,141 @@
+"""The notebooks as they are run: by a profile, by papermill alone, and by hand from their own folder."""
+
+import ast
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import RECIPE, write_competition
+from nbclient import NotebookClient
+
+from carvana import cli, pipeline, submission
+from carvana.files import project_root
+
+NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
+FOLDERS = ("data_dir", "runs_dir", "submissions_dir")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny competition, and a profile that runs everything on it."""
+    folder = tmp_path_factory.mktemp("place")
+    write_competition(folder / "data", cars=5)
+    values = dict(zip(FOLDERS, (str(folder / name) for name in ("data", "runs", "submissions")), strict=True))
+    values |= RECIPE | {"run_name": "tiny", "n_folds": 2, "holdout_cars": 1, "epochs": 8, "batch_size": 2}
+    values |= {"validate_every": 4}
+    (folder / "tiny.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines(place):
+    return pipeline.run(place / "tiny.yaml")
+
+
+def outputs(path):
+    cells = nbformat.read(path, 4).cells
+    return "".join(out.get("text", "") for cell in cells if cell.cell_type == "code" for out in cell.outputs)
+
+
+def test_a_profile_runs_all_six_and_ends_with_the_true_dice(place, lines):
+    scores = submission.score(place / "submissions" / "tiny.csv.gz", place / "data" / "truth.csv")
+    assert lines[-1] == f"true Dice {scores['dice'].mean():.6f}"
+    assert scores["dice"].mean() > 0.7
+    made = {path.name for path in (place / "runs" / "tiny" / "notebooks").iterdir()}
+    assert made == {
+        "01_download.ipynb", "02_explore.ipynb", "03_train_fold0.ipynb", "03_train_fold1.ipynb",
+        "04_evaluate.ipynb", "05_predict.ipynb", "06_submit.ipynb",
+    }  # fmt: skip
+
+
+def test_the_run_folder_holds_what_the_design_promises(place, lines):
+    run = place / "runs" / "tiny"
+    for name in ("run.json", "folds.csv", "scores.csv", "ensemble.json", "report.html", "submission.json",
+                 "fold0/best.safetensors", "fold1/last.safetensors", "fold0/history.csv", "fold0/state.pt",
+                 "parts/part-00000.csv", "parts/part-00000.json"):  # fmt: skip
+        assert (run / name).exists(), name
+    assert len(pd.read_csv(run / "scores.csv")) == 20
+    assert set(json.loads((run / "run.json").read_text())) == {"parameters", "versions", "commit", "machine"}
+
+
+def test_scores_of_the_notebooks_are_those_in_the_files(place, lines):
+    run = place / "runs" / "tiny"
+    scores = pd.read_csv(run / "scores.csv")
+    text = outputs(run / "notebooks" / "04_evaluate.ipynb")
+    assert f"{scores[scores['fold'] >= 0]['dice'].mean():.6f}" in text
+    assert f"{scores[scores['fold'] == -1]['dice'].mean():.6f}" in text
+    history = pd.read_csv(run / "fold0" / "history.csv")
+    assert f"{history['iou'].iloc[0]:.6f} untrained" in outputs(run / "notebooks" / "03_train_fold0.ipynb")
+
+
+def test_a_second_run_skips_every_step(place, lines, capsys):
+    assert pipeline.run(place / "tiny.yaml") == lines
+    told = capsys.readouterr().out
+    assert told.count("nothing has changed, skipped") == 7
+    assert "running" not in told
+
+
+def test_validate_and_score_agree_from_the_command_line(place, lines, capsys):
+    data, file = place / "data", str(place / "submissions" / "tiny.csv.gz")
+    size = ["--height", "96", "--width", "126"]
+    assert cli.main(["validate", file, "--sample", str(data / "sample_submission.csv"), *size]) == 0
+    capsys.readouterr()
+    assert cli.main(["score", file, "--truth", str(data / "truth.csv"), "--csv", str(place / "each.csv")]) == 0
+    assert lines[-1].removeprefix("true ") in capsys.readouterr().out
+    assert len(list(csv.DictReader((place / "each.csv").open()))) == 4
+
+
+def test_any_folder_is_predicted_with_the_ensemble_of_another_run(place, lines):
+    values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
+    values |= {"run_name": "other", "test_dir": str(place / "data" / "train")}
+    values |= {"ensemble": str(place / "runs" / "tiny" / "ensemble.json")}
+    pipeline.execute("05_predict", place / "05.ipynb", values)
+    scores = submission.score(place / "submissions" / "other.csv.gz", place / "data" / "train_masks.csv")
+    assert len(scores) == 20
+
+
+def test_papermill_alone_trains_a_fold_with_a_profile_from_anywhere(place, lines, tmp_path):
+    options = {"data_dir": place / "data", "runs_dir": tmp_path / "runs", "encoder_weights": "", "fold": 1}
+    options |= {"height": 32, "width": 64, "epochs": 1, "n_folds": 2}
+    command = [Path(sys.executable).parent / "papermill", NOTEBOOKS[2], tmp_path / "out.ipynb"]
+    command += ["-f", project_root() / "profiles" / "cpu.yaml"]
+    for name, value in options.items():
+        command += ["-p", name, str(value)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "runs" / "cpu" / "fold1" / "best.safetensors").exists()
+
+
+def test_a_notebook_runs_by_hand_from_its_own_folder(place, lines):
+    notebook = nbformat.read(NOTEBOOKS[1], 4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = cell.source.replace('"data/carvana"', repr(str(place / "data"))).replace("n_folds = 5", "n_folds = 2")
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS[1].parent}}).execute()
+    images = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(images) >= 4
+
+
+def test_a_changed_parameter_runs_only_what_depends_on_it(place, lines, capsys):
+    pipeline.run(place / "tiny.yaml", {"tta": "none"})
+    running = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("running")]
+    assert running == ["04_evaluate", "05_predict", "06_submit"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_short_cells_without_functions_outputs_or_shell(path):
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.cells[0].source.startswith("# ")
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    sources = [cell.source for cell in code if "parameters" not in cell.metadata.get("tags", [])]
+    sizes = sorted(len(source.splitlines()) for source in sources)
+    assert sizes[len(sizes) // 2] <= 5
+    assert sizes[-1] <= 15
+    for source in sources:
+        tree = ast.parse(source)  # no magic, no shell
+        assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef))]
