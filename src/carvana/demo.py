@@ -5,6 +5,7 @@ Lengths are metres in the car's frame: x forward, y to its left, z up, the origi
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -70,10 +71,6 @@ def _oval(left, right, low, high, power=1.0):
     return (np.sign(circle) * np.abs(circle) ** power * (right - left, high - low) + (left + right, low + high)) / 2
 
 
-def _corners(*ranges):
-    return np.stack(np.meshgrid(*ranges), axis=-1).reshape(-1, 3)
-
-
 def _pixels(points):
     return np.rint(points * 16).astype(np.int32)  # OpenCV's fixed point with shift=4
 
@@ -123,13 +120,11 @@ def _studio(rng, car):
     wall, edge = np.full((HEIGHT, WIDTH, 3), 253, np.uint8), car.centre[1] / HEIGHT + 0.095 + rng.normal(0, 0.008)
     shift, line = rng.integers(0, 150), int((edge - 0.19) * HEIGHT) + 262
     cv2.putText(wall, "MIN AVIMA", (20 + shift, line), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), 54, cv2.LINE_AA)
-    stains = rng.normal(0, 1, (16, 10)).astype(np.float32)
-    floor = cv2.resize(stains, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)[..., None] * np.float32((1.5, 2, 3.5))
-    floor += 182 + 34 * rows - 6 * columns**2
     weight = np.clip((rows - edge - 0.03 * columns**2) * 250 + 0.5, 0, 1)
-    image = wall * (1 - 0.04 * columns**2 - 0.03 * rows) * (1 - weight) + floor * weight
+    image = wall * (1 - 0.04 * columns**2 - 0.03 * rows) * (1 - weight)
+    image += (np.float32((182, 181, 178)) + 34 * rows - 6 * columns**2) * weight
     image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
-    table = _Scene(car, 0).floor(-3.2, 3.2, -3.2, 3.2)
+    table = _Scene(car, 0).at(_oval(-3.2, 3.2, -3.2, 3.2))
     return cv2.polylines(image, [_pixels(table)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
 
 
@@ -143,26 +138,21 @@ class _Scene:
         self.canvas = np.zeros((HEIGHT, WIDTH, 4), np.uint8)  # red, green, blue, cover: 0 or 255
 
     def at(self, points):
-        """Positions in the picture (..., 2) of points (..., 3)."""
-        seen = (points - self.eye) @ self.axes.T
+        """Positions in the picture (..., 2) of points (..., 3), or (..., 2) on the floor."""
+        seen = points @ self.axes[:, : points.shape[-1]].T + (0, self.car.height, self.car.distance)
         return np.float32(seen[..., :2] * self.car.focal / seen[..., 2:] + self.car.centre)
-
-    def floor(self, *rectangle):
-        return self.at(np.insert(_oval(*rectangle), 2, 0, axis=1))
 
     def solid(self, points, colour):
         _fill(self.canvas, cv2.convexHull(self.at(points)), (*np.float64(colour), 255))
 
     def shade(self):
         """Share of the light that the car leaves on the floor, (HEIGHT, WIDTH) uint8."""
-        length, width, _ = self.car.size / 2
-        soft, close = np.zeros((2, HEIGHT // 8, WIDTH // 8 + 1), np.float32)
-        _fill(soft, self.floor(-length, length, -width, width, 0.4) / 8, 1)
-        for x, y, _ in _corners(self.car.axles, (-0.8 * width, 0.8 * width), (0,)):
-            _fill(close, self.floor(x - 0.3, x + 0.3, y - 0.16, y + 0.16) / 8, 1)
-        dark = 0.34 * cv2.GaussianBlur(soft, (0, 0), 7) + 0.28 * cv2.GaussianBlur(soft, (0, 0), 2.5)
-        shade = (1 - dark - 0.45 * cv2.GaussianBlur(close, (0, 0), 1.5)).clip(0, 1) * 255
-        return cv2.resize(shade.astype(np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        (length, width, _), dark = self.car.size / 2, np.zeros((HEIGHT // 8, WIDTH // 8 + 1), np.float32)
+        _fill(dark, self.at(_oval(-length, length, -width, width, 0.4)) / 8, 0.62)
+        for x, y in product(self.car.axles, (-0.8 * width, 0.8 * width)):
+            _fill(dark, self.at(_oval(x - 0.3, x + 0.3, y - 0.16, y + 0.16)) / 8, 1)
+        dark = 0.55 * cv2.GaussianBlur(dark, (0, 0), 7) + 0.45 * cv2.GaussianBlur(dark, (0, 0), 2)
+        return cv2.resize(np.uint8(255 - 255 * dark), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
 
     def on_wheel(self, x, side, share=1.0, deep=0.0, angle=CIRCLE):
         """Positions (n, 2) of points on a wheel: shares of its radius, metres inwards, angles."""
@@ -176,8 +166,9 @@ class _Scene:
         _fill(layer, cv2.convexHull(place(deep=[[0], [0.24]])), (28, 28, 28, 255))
         if self.eye[1] * side > self.car.size[1] / 2:
             _fill(layer, place(0.7), (*[self.car.rim] * 3, 255))
+            share, spread = np.array([(0.24, -0.6), (0.63, -1), (0.63, 0), (0.63, 1), (0.24, 0.6)]).T
             for turn in 40 * self.car.turn + np.linspace(0, 2 * np.pi, self.car.spokes, endpoint=False):
-                gap = place([0.24, 0.63, 0.63, 0.63, 0.24], 0, turn + np.array([-0.6, -1, 0, 1, 0.6]) * 2.2 / self.car.spokes)
+                gap = place(share, 0, turn + 2.3 / self.car.spokes * spread)
                 _fill(layer, gap, (45, 45, 45, 255))
                 through = cv2.intersectConvexConvex(gap, place(0.62, 0.2))[1]
                 if through is not None:
@@ -231,21 +222,19 @@ class _Scene:
     def mirror(self, side):
         length, width, height = self.car.size
         foot = length * (0.47 - self.car.glass[0]), side * (width / 2 + 0.06), BELT * height + 0.09
-        box = _corners((-0.09, -0.05, 0.05), (-0.12, 0.12), (-0.08, 0.08))
+        box = np.array([*product((-0.09, -0.05, 0.05), (-0.12, 0.12), (-0.08, 0.08))])
         self.solid(box * (1, 1, 0.4) + foot - (0, side * 0.1, 0.06), TONES[DARK])
         self.solid(box + foot, np.array(self.car.paint[:3]) * 190 + 8)
 
     def draw(self):
         """Draw the car, what lies behind first; returns the canvas."""
-        near, (length, _, height), share = 1 if self.eye[1] > 0 else -1, self.car.size, self.car.glass[-1] - 0.13
+        near = 1 if self.eye[1] > 0 else -1
         self.mirror(-near)
-        self.solid(_corners((-0.43, 0.42), (-0.43, 0.43), (0.2, 0.5)) * self.car.size, (13, 13, 13))
-        for side in (-near, near):
-            for x in self.car.axles:
-                self.wheel(x, side)
-        foot = length * (0.5 - share), 0, height * np.interp(share, *self.car.top) - 0.02
-        aerial = np.array([(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.3), (-0.16, -0.006, 0.3)])
-        self.solid(aerial + foot, TONES[DARK])
+        self.solid(np.array([*product((-0.43, 0.42), (-0.43, 0.43), (0.2, 0.5))]) * self.car.size, (13, 13, 13))
+        for side, x in product((-near, near), self.car.axles):
+            self.wheel(x, side)
+        aerial = np.array([(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.36), (-0.16, -0.006, 0.36)])
+        self.solid(aerial + self.car.size * (-0.12, 0, 0.93), TONES[DARK])
         self.body()
         self.mirror(near)
         return self.canvas
@@ -291,8 +280,7 @@ def _complete(folder, wanted):
     """Whether `folder` holds this demo; UserError where it holds something else."""
     found = read_json(folder / "demo.json") if (folder / "demo.json").exists() else {}
     if {name: found.get(name) for name in wanted} != wanted and folder.is_dir() and any(folder.iterdir()):
-        what = f"another demo: {found}" if found else "files that are not a demo"
-        raise UserError(f"{folder} holds {what}. Use another folder or delete it.")
+        raise UserError(f"{folder} holds no demo, or another one: {found}. Use another folder or delete it.")
     files = sum(len(list(folder.glob(names))) for names in ("t*/*.jpg", "train_masks/*.gif", "*.csv"))
     return found.get("complete") and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
 
