@@ -17,7 +17,6 @@ from carvana import rle
 from carvana.files import UserError, atomic, need_space, progress, read_json, write_json
 
 VERSION, VIEWS, HEIGHT, WIDTH = 2, 16, 1280, 1918
-COLUMNS = {"metadata": ["id", "year", "make", "model", "trim1", "trim2"]}
 MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
 PAINTS = {  # red, green, blue; how much of the studio the paint mirrors
     "white": (0.93, 0.93, 0.92, 0.05), "black": (0.03, 0.03, 0.035, 0.20), "silver": (0.62, 0.63, 0.65, 0.20),
@@ -41,7 +40,7 @@ TONES = np.uint8([(0, 0, 0), (20, 20, 20), (205, 205, 205), (238, 238, 238), (15
 FITTINGS = [  # where; left and right as shares of the length or of half the width, low and high of the height; what
     (NOSE, -0.44, 0.44, 0.36, 0.46, DARK), (NOSE, -0.66, 0.66, 0.19, 0.29, DARK), (NOSE, 0.55, 0.9, 0.4, 0.5, LAMP),
     (NOSE, -0.17, 0.17, 0.27, 0.35, PLATE), (TAIL, -0.17, 0.17, 0.42, 0.51, PLATE), (FLANK, 0.3, 0.7, 0.15, 0.2, DARK),
-    (TAIL, -0.66, 0.66, 0.2, 0.26, DARK), (TAIL, 0.66, 0.94, 0.5, 0.61, RED),
+    (TAIL, -0.66, 0.66, 0.2, 0.26, DARK), (TAIL, 0.66, 0.94, 0.5, 0.61, RED), (NOSE, -0.82, 0.82, 0.72, 0.955, GLASS),
 ]  # fmt: skip
 SKIN = 2048, 512  # columns and rows of a drawing of what covers the body
 CIRCLE = np.linspace(0, 2 * np.pi, 145)
@@ -60,8 +59,7 @@ class Car:
         self.spokes, self.rim, self.turn = int(rng.choice([5, 6, 7, 10])), rng.uniform(120, 215), rng.normal(0, 0.02)
         self.distance, self.height, self.focal = rng.normal((8, 1.65, 2380), (0.15, 0.05, 30))
         self.centre = WIDTH / 2 + rng.normal(0, 25), 350 + rng.normal(0, 12)
-        make, model = MAKES[number % len(MAKES)], f"{self.shape.title()} {number % 9 + 1}"
-        self.row = self.id, rng.integers(2008, 2017), make, model, model, "Base"
+        self.row = self.id, rng.integers(2008, 2017), MAKES[number % len(MAKES)], self.shape.title(), "Base", ""
         self.mesh, self.skin, self.studio = _mesh(self), _skin(self), _studio(rng, self)
 
 
@@ -88,18 +86,15 @@ def _mesh(car):
     belt = np.minimum(BELT * height, 0.14 * bottom + 0.86 * top)
     across, up = _oval(-1, 1, -1, 1, 1 / 3).T
     z = belt + up * np.where(up > 0, top - belt, belt - bottom)
-    share = z / height - BELT
-    taper = 1 - 0.5 * share.clip(0) - 0.3 * (share + 0.15).clip(None, 0) ** 2
-    y = width / 2 * (1 - end**6) ** (1 / 6) * across * taper
+    y = width / 2 * (1 - end**6) ** (1 / 6) * across * (1 - 0.5 * (z / height - BELT).clip(0))
     return np.stack(np.broadcast_arrays(end * length / 2, y, z), axis=2)
 
 
 def _skin(car):
     """What covers flank, nose and tail, (3, rows, columns): by shares of the height, the length or half the width."""
     skin, (length, _, height), radius = np.zeros((3, *SKIN[::-1]), np.uint8), car.size, 1.13 * car.wheel
-    fittings = FITTINGS + [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
-    for where, low in ((NOSE, np.interp(car.glass[0] - 0.035, *car.top) + 0.02), (TAIL, car.rear)):
-        fittings.append((where, -0.82, 0.82, low, 0.955, GLASS))
+    fittings = [*FITTINGS, (TAIL, -0.82, 0.82, car.rear, 0.955, GLASS)]
+    fittings += [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
     outlines = [(where, _oval(*rectangle, 0.2), what) for where, *rectangle, what in fittings]
     for left, right in zip(car.glass[:-1], car.glass[1:], strict=True):
         x = np.linspace(left + 0.008, right - 0.008, 16)
@@ -120,9 +115,9 @@ def _studio(rng, car):
     wall, edge = np.full((HEIGHT, WIDTH, 3), 253, np.uint8), car.centre[1] / HEIGHT + 0.095 + rng.normal(0, 0.008)
     shift, line = rng.integers(0, 150), int((edge - 0.19) * HEIGHT) + 262
     cv2.putText(wall, "MIN AVIMA", (20 + shift, line), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), 54, cv2.LINE_AA)
-    weight = np.clip((rows - edge - 0.03 * columns**2) * 250 + 0.5, 0, 1)
-    image = wall * (1 - 0.04 * columns**2 - 0.03 * rows) * (1 - weight)
-    image += (np.float32((182, 181, 178)) + 34 * rows - 6 * columns**2) * weight
+    wall = wall * (1 - 0.04 * columns**2 - 0.03 * rows)
+    floor = np.float32((182, 181, 178)) + 34 * rows - 6 * columns**2
+    image = np.where(rows > edge + 0.03 * columns**2, floor, wall)
     image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
     table = _Scene(car, 0).at(_oval(-3.2, 3.2, -3.2, 3.2))
     return cv2.polylines(image, [_pixels(table)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
@@ -220,14 +215,12 @@ class _Scene:
         self.canvas[rows[shown], columns[shown]] = np.insert(colours[shown], 3, 255, axis=1)
 
     def mirror(self, side):
-        length, width, height = self.car.size
-        foot = length * (0.47 - self.car.glass[0]), side * (width / 2 + 0.06), BELT * height + 0.09
+        foot = self.car.size * (0.47 - self.car.glass[0], 0.53 * side, BELT + 0.055)
         box = np.array([*product((-0.09, -0.05, 0.05), (-0.12, 0.12), (-0.08, 0.08))])
-        self.solid(box * (1, 1, 0.4) + foot - (0, side * 0.1, 0.06), TONES[DARK])
         self.solid(box + foot, np.array(self.car.paint[:3]) * 190 + 8)
 
     def draw(self):
-        """Draw the car, what lies behind first; returns the canvas."""
+        """Draw the car, what lies behind first."""
         near = 1 if self.eye[1] > 0 else -1
         self.mirror(-near)
         self.solid(np.array([*product((-0.43, 0.42), (-0.43, 0.43), (0.2, 0.5))]) * self.car.size, (13, 13, 13))
@@ -237,17 +230,16 @@ class _Scene:
         self.solid(aerial + self.car.size * (-0.12, 0, 0.93), TONES[DARK])
         self.body()
         self.mirror(near)
-        return self.canvas
 
 
 def render(car, view, rng):
     """A photograph, (HEIGHT, WIDTH, 3) uint8, and its mask, (HEIGHT, WIDTH) bool; view: 1..16."""
     scene = _Scene(car, (view - 1) * 2 * np.pi / VIEWS + car.turn)
-    canvas = scene.draw()
+    scene.draw()
     picture = cv2.multiply(car.studio, cv2.merge([scene.shade()] * 3), scale=1 / 255)
-    cv2.copyTo(cv2.cvtColor(canvas, cv2.COLOR_RGBA2RGB), canvas[..., 3], picture)
+    cv2.copyTo(cv2.cvtColor(scene.canvas, cv2.COLOR_RGBA2RGB), scene.canvas[..., 3], picture)
     noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 6
-    return cv2.add(cv2.GaussianBlur(picture, (5, 5), 0.8), noise, dtype=cv2.CV_8U), canvas[..., 3] > 0
+    return cv2.add(cv2.GaussianBlur(picture, (5, 5), 0.8), noise, dtype=cv2.CV_8U), scene.canvas[..., 3] > 0
 
 
 def _write_view(folder, part, car, view, rng):
@@ -268,12 +260,12 @@ def _write_view(folder, part, car, view, rng):
 
 
 def _write_car(folder, seed, job):
-    """Write a car's views; its random generators depend on nothing but seed, part and number."""
+    """Write a car's views, whose random generators depend on seed, part and number; returns its rows of the tables."""
     part, number = job
     key = (seed, ("train", "test").index(part), number)
     car = Car(np.random.default_rng(key), number)
-    views = range(1, VIEWS + 1)
-    return car.row, [_write_view(folder, part, car, view, np.random.default_rng((*key, view))) for view in views]
+    views = [_write_view(folder, part, car, view, np.random.default_rng((*key, view))) for view in range(1, VIEWS + 1)]
+    return car.row, pd.DataFrame(views, columns=["img", "rle_mask"])
 
 
 def _complete(folder, wanted):
@@ -301,10 +293,11 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
     jobs = [("train", number) for number in range(cars)] + [("test", number) for number in range(test_cars)]
     with ThreadPoolExecutor(2) as pool:
         done = list(progress(pool.map(partial(_write_car, folder, seed), jobs), "demo cars", "cars", total=len(jobs)))
-    train, test = (sorted(row for _, rows in part for row in rows) for part in (done[:cars], done[cars:]))
-    tables = {"train_masks": train, "truth": test, "sample_submission": [(name, "1 1") for name, _ in test]}
-    tables["metadata"] = sorted(row for row, _ in done)
-    for name, rows in tables.items():
+    train, test = (pd.concat([views for _, views in part]).sort_values("img") for part in (done[:cars], done[cars:]))
+    tables = {"train_masks": train, "truth": test, "sample_submission": test.assign(rle_mask="1 1")}
+    columns = ["id", "year", "make", "model", "trim1", "trim2"]
+    tables["metadata"] = pd.DataFrame(sorted(row for row, _ in done), columns=columns)
+    for name, table in tables.items():
         with atomic(folder / f"{name}.csv") as file:
-            pd.DataFrame(rows, columns=COLUMNS.get(name, ["img", "rle_mask"])).to_csv(file, index=False)
+            table.to_csv(file, index=False)
     write_json(folder / "demo.json", wanted | {"complete": True})
