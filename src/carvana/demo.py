@@ -25,13 +25,12 @@ PAINTS = {  # red, green, blue; how much of the studio the paint mirrors
 # What a surface mirrors by the height of the mirrored ray: floor, foot of the wall, wall, ceiling between its lamps.
 STUDIO = (-1, -0.7, -0.3, -0.1, 0, 0.1, 0.45, 0.6, 0.75, 1), (0.2, 0.3, 0.62, 0.55, 0.35, 0.95, 1.0, 0.65, 1.25, 0.9)
 BELT = 0.61  # share of a car's height where the windows begin
-SHAPES = {  # length, width, height; wheel's radius; rear window's lowest share of the height; then shares of the length
-    # from the nose: ends of the side windows and pillars between, the top line and its shares of the height
-    "saloon": ((4.75, 1.84, 1.45), 0.33, 0.77, (0.31, 0.5, 0.68, 0.79), (
-        (0, 0.03, 0.26, 0.42, 0.52, 0.64, 0.83, 0.97, 1), (0.5, 0.54, 0.68, 0.95, 1, 0.98, 0.75, 0.73, 0.68))),
-    "suv": ((4.65, 1.9, 1.72), 0.37, 0.67, (0.29, 0.46, 0.67, 0.86), (
+SHAPES = {  # size; wheel's radius; by shares of the length from the nose: ends of windows and pillars, line of the roof
+    "saloon": ((4.75, 1.84, 1.45), 0.33, (0.31, 0.5, 0.68, 0.79), (
+        (0, 0.03, 0.26, 0.42, 0.52, 0.64, 0.83, 0.97, 1), (0.5, 0.54, 0.68, 0.95, 1, 0.98, 0.7, 0.69, 0.66))),
+    "suv": ((4.65, 1.9, 1.72), 0.37, (0.29, 0.46, 0.67, 0.86), (
         (0, 0.03, 0.24, 0.37, 0.48, 0.88, 0.975, 1), (0.52, 0.57, 0.66, 0.95, 1, 0.97, 0.64, 0.6))),
-    "hatchback": ((4.2, 1.76, 1.5), 0.32, 0.69, (0.3, 0.51, 0.71, 0.83), (
+    "hatchback": ((4.2, 1.76, 1.5), 0.32, (0.3, 0.51, 0.71, 0.83), (
         (0, 0.03, 0.25, 0.41, 0.52, 0.8, 0.96, 1), (0.48, 0.53, 0.67, 0.95, 1, 0.93, 0.65, 0.6))),
 }  # fmt: skip
 FLANK, NOSE, TAIL = range(3)
@@ -40,7 +39,7 @@ TONES = np.uint8([(0, 0, 0), (20, 20, 20), (205, 205, 205), (238, 238, 238), (15
 FITTINGS = [  # where; left and right as shares of the length or of half the width, low and high of the height; what
     (NOSE, -0.44, 0.44, 0.36, 0.46, DARK), (NOSE, -0.66, 0.66, 0.19, 0.29, DARK), (NOSE, 0.55, 0.9, 0.4, 0.5, LAMP),
     (NOSE, -0.17, 0.17, 0.27, 0.35, PLATE), (TAIL, -0.17, 0.17, 0.42, 0.51, PLATE), (FLANK, 0.3, 0.7, 0.15, 0.2, DARK),
-    (TAIL, -0.66, 0.66, 0.2, 0.26, DARK), (TAIL, 0.66, 0.94, 0.5, 0.61, RED), (NOSE, -0.82, 0.82, 0.72, 0.955, GLASS),
+    (TAIL, 0.66, 0.94, 0.5, 0.61, RED), (TAIL, -0.82, 0.82, 0.72, 0.95, GLASS), (NOSE, -0.82, 0.82, 0.72, 0.95, GLASS),
 ]  # fmt: skip
 SKIN = 2048, 512  # columns and rows of a drawing of what covers the body
 CIRCLE = np.linspace(0, 2 * np.pi, 145)
@@ -53,7 +52,7 @@ class Car:
         """Choose shape, paint, wheels and where the camera stands."""
         self.id, self.shape = f"{rng.integers(16**12):012x}", list(SHAPES)[number % len(SHAPES)]
         self.paint = list(PAINTS.values())[(number + number // len(PAINTS)) % len(PAINTS)]
-        size, self.wheel, self.rear, self.glass, self.top = SHAPES[self.shape]
+        size, self.wheel, self.glass, self.top = SHAPES[self.shape]
         self.size = size * rng.uniform(0.97, 1.03, 3)
         self.axles = self.size[0] * np.array([0.31, -0.285]) + rng.normal(0, 0.02)
         self.spokes, self.rim, self.turn = int(rng.choice([5, 6, 7, 10])), rng.uniform(120, 215), rng.normal(0, 0.02)
@@ -93,8 +92,7 @@ def _mesh(car):
 def _skin(car):
     """What covers flank, nose and tail, (3, rows, columns): by shares of the height, the length or half the width."""
     skin, (length, _, height), radius = np.zeros((3, *SKIN[::-1]), np.uint8), car.size, 1.13 * car.wheel
-    fittings = [*FITTINGS, (TAIL, -0.82, 0.82, car.rear, 0.955, GLASS)]
-    fittings += [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
+    fittings = FITTINGS + [(FLANK, x - 0.001, x + 0.001, 0.2, 0.6, DARK) for x in car.glass[1:-1]]
     outlines = [(where, _oval(*rectangle, 0.2), what) for where, *rectangle, what in fittings]
     for left, right in zip(car.glass[:-1], car.glass[1:], strict=True):
         x = np.linspace(left + 0.008, right - 0.008, 16)
@@ -115,9 +113,8 @@ def _studio(rng, car):
     wall, edge = np.full((HEIGHT, WIDTH, 3), 253, np.uint8), car.centre[1] / HEIGHT + 0.095 + rng.normal(0, 0.008)
     shift, line = rng.integers(0, 150), int((edge - 0.19) * HEIGHT) + 262
     cv2.putText(wall, "MIN AVIMA", (20 + shift, line), cv2.FONT_HERSHEY_SIMPLEX, 11.5, (98, 94, 96), 54, cv2.LINE_AA)
-    wall = wall * (1 - 0.04 * columns**2 - 0.03 * rows)
     floor = np.float32((182, 181, 178)) + 34 * rows - 6 * columns**2
-    image = np.where(rows > edge + 0.03 * columns**2, floor, wall)
+    image = np.where(rows > edge + 0.03 * columns**2, floor, wall * (1 - 0.04 * columns**2 - 0.03 * rows))
     image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
     table = _Scene(car, 0).at(_oval(-3.2, 3.2, -3.2, 3.2))
     return cv2.polylines(image, [_pixels(table)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
@@ -214,22 +211,24 @@ class _Scene:
         shown = what != OPEN
         self.canvas[rows[shown], columns[shown]] = np.insert(colours[shown], 3, 255, axis=1)
 
-    def mirror(self, side):
-        foot = self.car.size * (0.47 - self.car.glass[0], 0.53 * side, BELT + 0.055)
+    def mirrors(self, behind):
+        """Draw the mirrors behind the middle of the car, or the others."""
         box = np.array([*product((-0.09, -0.05, 0.05), (-0.12, 0.12), (-0.08, 0.08))])
-        self.solid(box + foot, np.array(self.car.paint[:3]) * 190 + 8)
+        for side in (-1, 1):
+            foot = self.car.size * (0.47 - self.car.glass[0], 0.53 * side, BELT + 0.055)
+            if (foot @ self.axes[2] > 0) == behind:
+                self.solid(box + foot, np.array(self.car.paint[:3]) * 210 + 8)
 
     def draw(self):
         """Draw the car, what lies behind first."""
-        near = 1 if self.eye[1] > 0 else -1
-        self.mirror(-near)
-        self.solid(np.array([*product((-0.43, 0.42), (-0.43, 0.43), (0.2, 0.5))]) * self.car.size, (13, 13, 13))
-        for side, x in product((-near, near), self.car.axles):
+        self.mirrors(behind=True)
+        self.solid(np.array([*product((-0.44, 0.43), (-0.44, 0.44), (0.2, 0.5))]) * self.car.size, (13, 13, 13))
+        for side, x in product(sorted((-1, 1), key=lambda side: side * self.eye[1]), self.car.axles):
             self.wheel(x, side)
         aerial = np.array([(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.36), (-0.16, -0.006, 0.36)])
         self.solid(aerial + self.car.size * (-0.12, 0, 0.93), TONES[DARK])
         self.body()
-        self.mirror(near)
+        self.mirrors(behind=False)
 
 
 def render(car, view, rng):
@@ -259,11 +258,9 @@ def _write_view(folder, part, car, view, rng):
     return picture.name, rle.encode(mask)
 
 
-def _write_car(folder, seed, job):
-    """Write a car's views, whose random generators depend on seed, part and number; returns its rows of the tables."""
-    part, number = job
-    key = (seed, ("train", "test").index(part), number)
-    car = Car(np.random.default_rng(key), number)
+def _write_car(folder, key):
+    """Write the views of a car; key: seed, 0 for train or 1 for test, number; returns its rows of the tables."""
+    car, part = Car(np.random.default_rng(key), key[2]), ("train", "test")[key[1]]
     views = [_write_view(folder, part, car, view, np.random.default_rng((*key, view))) for view in range(1, VIEWS + 1)]
     return car.row, pd.DataFrame(views, columns=["img", "rle_mask"])
 
@@ -290,9 +287,9 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
         return
     need_space(folder, (cars + test_cars) * VIEWS * 200_000)
     write_json(folder / "demo.json", wanted | {"complete": False})
-    jobs = [("train", number) for number in range(cars)] + [("test", number) for number in range(test_cars)]
+    keys = [(seed, 0, number) for number in range(cars)] + [(seed, 1, number) for number in range(test_cars)]
     with ThreadPoolExecutor(2) as pool:
-        done = list(progress(pool.map(partial(_write_car, folder, seed), jobs), "demo cars", "cars", total=len(jobs)))
+        done = list(progress(pool.map(partial(_write_car, folder), keys), "demo cars", "cars", total=len(keys)))
     train, test = (pd.concat([views for _, views in part]).sort_values("img") for part in (done[:cars], done[cars:]))
     tables = {"train_masks": train, "truth": test, "sample_submission": test.assign(rle_mask="1 1")}
     columns = ["id", "year", "make", "model", "trim1", "trim2"]
