@@ -237,7 +237,7 @@ def render(car, view, rng):
     scene.draw()
     picture = cv2.multiply(car.studio, cv2.merge([scene.shade()] * 3), scale=1 / 255)
     cv2.copyTo(cv2.cvtColor(scene.canvas, cv2.COLOR_RGBA2RGB), scene.canvas[..., 3], picture)
-    noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 6
+    noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 7
     return cv2.add(cv2.GaussianBlur(picture, (5, 5), 0.8), noise, dtype=cv2.CV_8U), scene.canvas[..., 3] > 0
 
 
@@ -285,7 +285,7 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
         raise UserError(f"cars={cars} and test_cars={test_cars} must be 1 or more and seed={seed} not negative.")
     if _complete(folder, wanted):
         return
-    need_space(folder, (cars + test_cars) * VIEWS * 200_000)
+    need_space(folder, (cars + test_cars) * VIEWS * 150_000)
     write_json(folder / "demo.json", wanted | {"complete": False})
     keys = [(seed, 0, number) for number in range(cars)] + [(seed, 1, number) for number in range(test_cars)]
     with ThreadPoolExecutor(2) as pool:

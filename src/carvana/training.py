@@ -49,7 +49,8 @@ class Fold:
         )
         torch.manual_seed(recipe.seed * 1000 + fold)
         model = Segmenter(recipe.network)
-        self.weights_note = load_encoder(model, recipe.encoder_weights)
+        resumes = (self.folder / "state.pt").exists()
+        self.weights_note = "Weights: state.pt." if resumes else load_encoder(model, recipe.encoder_weights)
         self.ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         fused = {"fused": True} if recipe.optimizer in ("adam", "adamw", "sgd") else {}
         optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **fused)
@@ -57,7 +58,8 @@ class Fold:
         if self.ema:
             self.ema.to(self.accelerator.device)
         self.step, self.seconds, self.losses, self.history = 0, 0.0, [], []
-        self._resume()
+        if resumes:
+            self._resume()
 
     @property
     def finished(self) -> bool:
@@ -126,8 +128,6 @@ class Fold:
 
     def _resume(self) -> None:
         path = self.folder / "state.pt"
-        if not path.exists():
-            return
         try:
             state = torch.load(path, self.accelerator.device, weights_only=True)
         except Exception as error:  # a broken file raises one of many
