@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import simplejpeg
 
-from carvana import figures, photos, rle
+from carvana import figures, overlays, photos, rle
 
 HEIGHT, WIDTH = 40, 60
 
@@ -71,7 +71,7 @@ def images(figure):
 
 
 def test_turntable_shows_sixteen_views_and_tells_the_smallest_and_largest(archive, pictures):
-    figure = draw(figures.turntable(archive, pictures, "a"))
+    figure = draw(overlays.turntable(archive, pictures, "a"))
     assert len(images(figure)) == 16
     assert figure.get_suptitle() == "Car a covers 4.2% of the picture (view 1) to 4.2% (view 1)"  # 100 / 2400
     assert images(figure)[2].get_title() == "view 3: 4.2% car"
@@ -119,7 +119,7 @@ def test_a_gap_that_opens_to_the_border_and_an_empty_mask_are_no_holes():
 def test_odd_pictures_show_one_row_for_each_kind(archive, pictures):
     odd = figures.oddities(pictures).assign(fragment=0)
     odd.loc[3, ["hole", "hole_at"]] = [7, (20, 15)]
-    figure = draw(figures.odd_pictures(archive, pictures, odd, columns=2))
+    figure = draw(overlays.odd_pictures(archive, pictures, odd, columns=2))
     shown = [ax.get_title() for ax in images(figure)]
     assert shown == ["a_04.jpg\ngap of 7 pixels"]  # areas are as expected, and there is no patch
     assert figure.get_suptitle() == "The oddest of 32 masks: area off by 0%, patch of 0, gap of 7 pixels"
@@ -151,7 +151,7 @@ def test_training_curves_bear_any_history(dice):
 
 def test_overlays_paint_missed_and_extra_pixels_in_their_colours(archive):
     true, predicted = square(10, 20, 20), square(10, 25, 20)
-    figure = draw(figures.overlays(archive, ["a_01.jpg"], [predicted.astype(np.float32)], [true], ["first"]))
+    figure = draw(overlays.errors(archive, ["a_01.jpg"], [predicted.astype(np.float32)], [true], ["first"]))
     whole, spot = images(figure)
     assert (whole.get_title(), spot.get_title()) == ("first", "where most is wrong")
     assert figure.get_suptitle() == "Of the wrong pixels 50% are car missed, the others wall taken for car"
@@ -165,14 +165,14 @@ def test_overlays_paint_missed_and_extra_pixels_in_their_colours(archive):
 
 def test_overlays_without_masks_show_one_outline_a_picture_even_where_it_is_empty(archive):
     probabilities = (p.astype(np.float32) for p in (square(10, 20, 20), square(0, 0, 0)))
-    figure = draw(figures.overlays(archive, ["a_01.jpg", "a_02.jpg"], probabilities))
+    figure = draw(overlays.errors(archive, ["a_01.jpg", "a_02.jpg"], probabilities))
     assert [ax.get_title() for ax in images(figure)] == ["a_01.jpg", "a_02.jpg"]
     assert figure.get_suptitle() == "Predicted cars cover 0.0% to 16.7% of the picture"
     assert [len(ax.collections) for ax in images(figure)] == [1, 0]
 
 
 def test_overlays_crop_around_the_car_in_the_shape_of_the_picture(archive):
-    figure = draw(figures.overlays(archive, ["a_01.jpg"], [square(10, 20, 20).astype(np.float32)]))
+    figure = draw(overlays.errors(archive, ["a_01.jpg"], [square(10, 20, 20).astype(np.float32)]))
     height, width = images(figure)[0].images[0].get_array().shape[:2]
     assert (height, width) == (22, 32)  # 1.08 x 20 rows, and as many columns as the picture's shape asks for
 

@@ -13,10 +13,10 @@ import pytest
 import requests
 from fake_kaggle import CHUNK, KEY, USER, guarded, hide_credentials
 
-from carvana import files, kaggle_api
+from carvana import files, kaggle_api, transfer
 from carvana.files import UserError
 
-NAMES = ("train.zip", *kaggle_api.TABLES, "test.zip")
+NAMES = ("train.zip", *transfer.TABLES, "test.zip")
 
 
 def zipped(size: int = 3000) -> bytes:
@@ -84,13 +84,13 @@ def test_the_net_holds(fake):
 
 
 def test_listing_takes_all_pages(fake):
-    sizes = kaggle_api.list_files(kaggle_api.client())
+    sizes = transfer.list_files(kaggle_api.client())
     assert sizes == {name: len(content) for name, content in fake.files.items()}
     assert fake.calls("ListDataFiles") == 3
 
 
 def test_download_then_skip(fake, data):
-    paths = kaggle_api.download(data)
+    paths = transfer.download(data)
     assert [path.name for path in paths] == list(NAMES)
     assert all(path.read_bytes() == fake.files[path.name] for path in paths)
     entries = json.loads((data / "download.json").read_text())
@@ -98,7 +98,7 @@ def test_download_then_skip(fake, data):
     assert entries[0]["sha256"] == files.sha256(data / "train.zip")
     assert sorted(path.name for path in data.rglob("*") if path.is_file()) == sorted([*NAMES, "download.json"])
     assert fake.calls("storage") == 6
-    assert kaggle_api.download(data) == paths
+    assert transfer.download(data) == paths
     assert fake.calls("storage") == 6
 
 
@@ -106,41 +106,41 @@ def test_what_was_put_there_by_hand_is_kept_if_sound_and_replaced_if_not(fake, d
     data.mkdir()
     (data / "train.zip").write_bytes(fake.files["train.zip"])
     (data / "test.zip").write_bytes(bytes(len(fake.files["test.zip"])))  # the right size alone does not do
-    kaggle_api.download(data, ["train.zip", "test.zip"])
+    transfer.download(data, ["train.zip", "test.zip"])
     assert fake.calls("storage") == 1
     assert (data / "test.zip").read_bytes() == fake.files["test.zip"]
     (data / "test.zip").write_bytes(b"changed since")
-    kaggle_api.download(data, ["train.zip", "test.zip"])
+    transfer.download(data, ["train.zip", "test.zip"])
     assert fake.calls("storage") == 2
 
 
 def test_high_quality_and_names_with_or_without_zip(fake, data):
     fake.files = {"train_hq.zip": zipped(), "test_hq.zip": zipped(), **fake.files}
-    assert kaggle_api.download(data, hq=True)[0].name == "train_hq.zip"
-    assert kaggle_api.download(data, ["metadata.csv"])[0].name == "metadata.csv.zip"
+    assert transfer.download(data, hq=True)[0].name == "train_hq.zip"
+    assert transfer.download(data, ["metadata.csv"])[0].name == "metadata.csv.zip"
     fake.files["plain.csv"] = zipped(500)  # listed as the file, served as a zip of it
     fake.sizes["plain.csv"] = 500
-    assert kaggle_api.download(data, ["plain.csv.zip"])[0].name == "plain.csv.zip"
+    assert transfer.download(data, ["plain.csv.zip"])[0].name == "plain.csv.zip"
     calls = fake.calls("storage")
     (data / "download.json").unlink()
-    kaggle_api.download(data, ["plain.csv"])
+    transfer.download(data, ["plain.csv"])
     assert fake.calls("storage") == calls
 
 
 def test_unknown_file(fake, data):
     expected = 'trian.zip is no file of the competition, did you mean "train.zip"'
-    refused(expected, kaggle_api.download, data, ["trian.zip"])
+    refused(expected, transfer.download, data, ["trian.zip"])
     assert fake.calls("DownloadDataFile") == 0
 
 
 def test_a_listing_without_sizes(fake, data):
     fake.sizes["train.zip"] = 0
-    assert [path.name for path in kaggle_api.download(data, ["train.zip"])] == ["train.zip"]
+    assert [path.name for path in transfer.download(data, ["train.zip"])] == ["train.zip"]
 
 
 def test_full_disk_is_noticed_before_the_download(fake, data):
     fake.sizes["test.zip"] = 1 << 60
-    refused("are needed and .* are free", kaggle_api.download, data)
+    refused("are needed and .* are free", transfer.download, data)
     assert fake.calls("DownloadDataFile") == 0
 
 
@@ -155,7 +155,7 @@ def test_full_disk_is_noticed_before_the_download(fake, data):
 @pytest.mark.parametrize("call", ["ListDataFiles", "DownloadDataFile"])
 def test_refusals_are_final_and_explained(fake, data, call, status, message):
     fake.faults[call] = [status]
-    text = refused(message, kaggle_api.download, data, ["train.zip"])
+    text = refused(message, transfer.download, data, ["train.zip"])
     assert text.startswith("The list of files" if call == "ListDataFiles" else "train.zip")
     assert f"no {status}" in text
     assert fake.calls(call) == 1
@@ -164,29 +164,29 @@ def test_refusals_are_final_and_explained(fake, data, call, status, message):
 
 def test_trouble_is_waited_for(fake, data):
     fake.faults = {"ListDataFiles": ["429", "503", "html"], "DownloadDataFile": ["drop", "500"]}
-    kaggle_api.download(data, ["train.zip"])
+    transfer.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     assert fake.naps[:3] == [3, 3, 8]  # what the server asks for, then our own
 
 
 def test_trouble_that_stays_is_reported(fake, data):
     fake.faults["ListDataFiles"] = ["503"] * 9
-    refused("The list of files: Kaggle is in trouble .503: no 503", kaggle_api.download, data)
+    refused("The list of files: Kaggle is in trouble .503: no 503", transfer.download, data)
     assert fake.calls("ListDataFiles") == kaggle_api.TRIES
     fake.faults["ListDataFiles"] = ["drop"] * 9
-    refused("The list of files: the line to Kaggle fails .ConnectionError", kaggle_api.download, data)
+    refused("The list of files: the line to Kaggle fails .ConnectionError", transfer.download, data)
 
 
 def test_a_server_that_never_answers(fake, data, monkeypatch):
     monkeypatch.setattr(kaggle_api, "TIMEOUT", (1, 0.1))
     fake.faults["ListDataFiles"] = ["stall"] * 9
-    refused("the line to Kaggle fails .ReadTimeout", kaggle_api.download, data)
+    refused("the line to Kaggle fails .ReadTimeout", transfer.download, data)
 
 
 def test_a_broken_line_goes_on_where_it_broke(fake, data):
     fake.files["train.zip"] = zipped(3 * CHUNK)
     fake.faults["storage"] = [f"cut:{CHUNK + 5000}", f"cut:{2 * CHUNK + 9000}"]
-    kaggle_api.download(data, ["train.zip"])
+    transfer.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     ranges = [request.headers.get("Range") for request in fake.requests if request.name == "storage"]
     assert ranges == [None, f"bytes={CHUNK}-", f"bytes={2 * CHUNK}-"]
@@ -195,7 +195,7 @@ def test_a_broken_line_goes_on_where_it_broke(fake, data):
 def test_tries_are_counted_anew_while_it_progresses(fake, data):
     fake.files["train.zip"] = zipped(30 * CHUNK)
     fake.at_once = CHUNK + 9  # and the client alone goes on five times
-    kaggle_api.download(data, ["train.zip"])
+    transfer.download(data, ["train.zip"])
     assert fake.calls("DownloadDataFile") > kaggle_api.TRIES
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
 
@@ -203,10 +203,10 @@ def test_tries_are_counted_anew_while_it_progresses(fake, data):
 @pytest.mark.parametrize("fault", ["short", "html"])
 def test_half_a_file_or_a_page_is_never_taken_for_the_file(fake, data, fault):
     fake.faults["storage"] = [fault]
-    kaggle_api.download(data, ["train.zip"])
+    transfer.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     fake.faults["storage"] = [fault] * 30
-    refused("test.zip: what arrived is broken: not a zip file", kaggle_api.download, data, ["test.zip"])
+    refused("test.zip: what arrived is broken: not a zip file", transfer.download, data, ["test.zip"])
     assert not (data / "test.zip").exists()
     assert "test.zip" not in (data / "download.json").read_text()
 
@@ -214,21 +214,21 @@ def test_half_a_file_or_a_page_is_never_taken_for_the_file(fake, data, fault):
 def test_an_error_page_behind_a_part_spoils_nothing(fake, data):
     fake.files["train.zip"] = zipped(3 * CHUNK)
     fake.faults["storage"] = [f"cut:{CHUNK + 5000}", "expired", "html"]
-    kaggle_api.download(data, ["train.zip"])
+    transfer.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
 
 
 def test_an_expired_address_is_asked_for_anew(fake, data):
     fake.faults["storage"] = ["expired"]
-    kaggle_api.download(data, ["train.zip"])
+    transfer.download(data, ["train.zip"])
     assert fake.calls("DownloadDataFile") == 2
     fake.faults["storage"] = ["expired"] * 9
-    refused("test.zip: Kaggle is in trouble", kaggle_api.download, data, ["test.zip"])
+    refused("test.zip: Kaggle is in trouble", transfer.download, data, ["test.zip"])
 
 
 def test_no_credentials(monkeypatch, tmp_path):
     home = hide_credentials(monkeypatch, tmp_path)
-    refused("No Kaggle credentials.*kaggle.json.example", kaggle_api.download, tmp_path)
+    refused("No Kaggle credentials.*kaggle.json.example", transfer.download, tmp_path)
     (home / ".kaggle" / "kaggle.json").write_text((Path(__file__).parents[1] / "kaggle.json.example").read_text())
     refused("still holds the example", kaggle_api.credentials_source)
     (home / ".kaggle" / "kaggle.json").write_text('{"username": "a"}')
@@ -267,7 +267,7 @@ def test_a_token_that_kaggle_does_not_take(fake, monkeypatch):
     for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
-    kaggle_api.list_files(kaggle_api.client())
+    transfer.list_files(kaggle_api.client())
     for status in ("403", "401"):  # the client tells them apart, a user need not
         fake.faults["IntrospectToken"] = [status]
         refused("refused the credentials of the environment variable KAGGLE_API_TOKEN", kaggle_api.client)
@@ -285,7 +285,7 @@ def test_a_client_that_cannot_be_imported(fake, monkeypatch):
 
 def test_the_client_is_quiet_and_time_outs_do_not_stay(fake, capfd):
     send = requests.adapters.HTTPAdapter.send
-    kaggle_api.list_files(kaggle_api.client())
+    transfer.list_files(kaggle_api.client())
     assert capfd.readouterr() == ("", "")
     assert requests.adapters.HTTPAdapter.send is send
 

@@ -49,9 +49,9 @@ def _demo_data(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from carvana import kaggle_api
+    from carvana import transfer
 
-    kaggle_api.download(options.data_dir, options.files, options.hq)
+    transfer.download(options.data_dir, options.files, options.hq)
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -12,17 +12,13 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from carvana import metrics, rle
 from carvana.files import atomic
 from carvana.folds import HOLDOUT
-from carvana.grid import Grid, resize
-from carvana.photos import Archive, full_picture, picture
+from carvana.grid import resize
 
 TRUE, PREDICTED = "#009E73", "#CC79A7"  # the mask of the competition and ours
 MISSED, EXTRA = "#D55E00", "#0072B2"  # car taken for wall, wall taken for car
@@ -57,17 +53,6 @@ def fold_colour(fold: int) -> str:
     return HELD_OUT if fold == HOLDOUT else FOLDS[fold % len(FOLDS)]
 
 
-def turntable(photos: Archive, pictures: pd.DataFrame, car: str) -> Figure:
-    """Every view of a car with the outline of its mask."""
-    views = pictures[pictures["car"] == car].sort_values("view")
-    low, high = views.loc[views["area"].idxmin()], views.loc[views["area"].idxmax()]
-    span = f"{low['area']:.1%} of the picture (view {low['view']}) to {high['area']:.1%} (view {high['view']})"
-    figure, axes = _panels(len(views), 4, low["height"] / low["width"], f"Car {car} covers {span}")
-    for ax, row in zip(axes, views.itertuples(), strict=False):
-        _outlined(ax, *_reduced(photos, row), TRUE, f"view {row.view}: {row.area:.1%} car")
-    return figure
-
-
 def areas(pictures: pd.DataFrame) -> Figure:
     """Share of the picture that is car: a box for every view, and the distribution over cars."""
     figure, (left, right) = _charts(1, 2, 3.8, width_ratios=[2, 1])
@@ -94,7 +79,7 @@ def mean_mask(pictures: pd.DataFrame) -> Figure:
     every = np.stack(list(means.values()))
     never, always = (every.max(0) == 0).mean(), (every.min(0) > 0.999).mean()
     text = f"{never:.0%} of the picture is never car, {always:.1%} always is"
-    figure, axes = _panels(len(means), 8, height / width, text, line=0.35, foot=0.7)
+    figure, axes = panels(len(means), 8, height / width, text, line=0.35, foot=0.7)
     for ax, (view, mean) in zip(axes, means.items(), strict=False):
         shown = ax.imshow(mean, cmap="cividis", vmin=0, vmax=1)
         ax.set_title(f"view {view}", fontsize=TEXT - 1)
@@ -128,25 +113,6 @@ def _patches(row) -> dict:
         found[name] = int(stats[second, cv2.CC_STAT_AREA].sum())
         found[f"{name}_at"] = tuple(centres[second].sum(0) - shift + (left, top))
     return found
-
-
-def odd_pictures(photos: Archive, pictures: pd.DataFrame, odd: pd.DataFrame, columns: int = 4) -> Figure:
-    """The oddest masks of `oddities`: by area, by fragment, by hole, `columns` of each."""
-    order = {"ratio": np.log(odd["ratio"].clip(lower=1e-6)).abs(), "fragment": odd["fragment"], "hole": odd["hole"]}
-    texts = {"ratio": "{:.2f} x the expected area", "fragment": "patch of {} pixels", "hole": "gap of {} pixels"}
-    worst = np.expm1(order["ratio"].max()), odd["fragment"].max(), odd["hole"].max()
-    text = "The oddest of {} masks: area off by {:.0%}, patch of {}, gap of {} pixels"
-    aspect = pictures["height"].iloc[0] / pictures["width"].iloc[0]
-    figure, axes = _panels(3 * columns, columns, aspect, text.format(len(odd), *worst), line=0.4)
-    for line, (name, values) in enumerate(order.items()):
-        for ax, at in zip(axes[line * columns :], values[values > 0].nlargest(columns).index, strict=False):
-            row = pictures.loc[at]
-            image, soft = _reduced(photos, row)
-            _outlined(ax, image, soft, TRUE, f"{row.img}\n{texts[name].format(odd.loc[at, name])}")
-            if name != "ratio":
-                x, y = np.array(odd.loc[at, f"{name}_at"]) * image.shape[1] / row.width
-                ax.plot(x, y, "o", markersize=16, markerfacecolor="none", markeredgecolor=MARK, markeredgewidth=2)
-    return figure
 
 
 def fold_balance(pictures: pd.DataFrame, folds: pd.DataFrame) -> Figure:
@@ -189,38 +155,6 @@ def training_curves(history: pd.DataFrame) -> Figure:
     for ax in (loss, dice, iou, lr):
         ax.set_xlim(-0.03 * max(1, epochs.max()), 1.03 * max(1, epochs.max()))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def overlays(photos: Archive, names, probabilities, masks=None, titles=None, threshold: float = 0.5) -> Figure:
-    """Photographs with what is wrong painted on them, or, where `masks` is None, with the predicted outline alone.
-
-    probabilities: (H, W) in [0, 1] for each of `names`; masks: (H, W) bool for each. With masks a second panel beside
-    each photograph shows where most pixels are wrong.
-    """
-    known, shares, wrong = masks is not None, [], np.zeros(2)
-    aspect = np.divide(*full_picture(photos, names[0]).shape[:2])
-    figure, axes = _panels(len(names) * (1 + known), 4 if known else 3, aspect, " ", line=0.35, foot=0.3 * known)
-    rows = zip(names, probabilities, masks if known else names, titles or names, strict=True)
-    for i, (name, probability, true, title) in enumerate(rows):
-        image, predicted = full_picture(photos, name), probability > threshold
-        shares.append(predicted.mean())
-        if not known:
-            _cropped(axes[i], image, predicted, PREDICTED, _around(predicted), title)
-            continue
-        for part, mask, colour in ((0, true & ~predicted, MISSED), (1, predicted & ~true, EXTRA)):
-            wrong[part] += mask.sum()
-            image[mask] = 0.25 * image[mask] + 0.75 * 255 * np.array(to_rgb(colour))
-        spot = _densest(true != predicted)
-        _cropped(axes[2 * i], image, true, TRUE, _around(true | predicted), title, spot)
-        _cropped(axes[2 * i + 1], image, true, TRUE, spot, "where most is wrong", halo=0)
-    text = f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the picture"
-    if known:
-        colours = {MISSED: "car missed", EXTRA: "wall taken for car", TRUE: "true edge"}
-        handles = [Patch(color=colour, label=text) for colour, text in colours.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=TEXT, frameon=False)
-        text = f"Of the wrong pixels {wrong[0] / max(1, wrong.sum()):.0%} are car missed, the others wall taken for car"
-    figure._suptitle.set_text(text)
     return figure
 
 
@@ -315,6 +249,18 @@ def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
 _DOTS = {"fmt": "o", "color": PREDICTED, "ecolor": DATA, "capsize": 3, "markersize": 6}
 
 
+def panels(count, columns, aspect, text: str, line: float = 0.25, foot: float = 0) -> tuple[Page, list[Axes]]:
+    """Panels for pictures of height / width = `aspect`, with `line` inches for each title and `foot` below all."""
+    columns = max(1, min(columns, count))
+    rows, width = -(-count // columns), min(WIDTH, max(5, 3.2 * columns))
+    figure = Page(figsize=(width, rows * (width / columns * aspect + line) + 0.35 + foot), layout="constrained")
+    figure.suptitle(text, x=0.01, ha="left", fontsize=TEXT + 1, fontweight="bold")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.set_axis_off()
+    return figure, axes
+
+
 def _charts(rows: int, columns: int, height: float, **layout) -> tuple[Page, list[Axes]]:
     figure = Page(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
@@ -352,66 +298,3 @@ def _label(ax: Axes, title: str, x: str, y: str = "", percent: str = "", scores:
 def _inside(values: Iterable[float]) -> np.ndarray:
     """Scores as a logit scale can show them: strictly between 0 and 1."""
     return np.clip(np.asarray(values, dtype=float), 1e-3, 1 - 1e-5)
-
-
-def _panels(count, columns, aspect, text: str, line: float = 0.25, foot: float = 0) -> tuple[Page, list[Axes]]:
-    """Panels for pictures of height / width = `aspect`, with `line` inches for each title and `foot` below all."""
-    columns = max(1, min(columns, count))
-    rows, width = -(-count // columns), min(WIDTH, max(5, 3.2 * columns))
-    figure = Page(figsize=(width, rows * (width / columns * aspect + line) + 0.35 + foot), layout="constrained")
-    figure.suptitle(text, x=0.01, ha="left", fontsize=TEXT + 1, fontweight="bold")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes:
-        ax.set_axis_off()
-    return figure, axes
-
-
-def _reduced(photos: Archive, row, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
-    """Photograph and soft mask of a row of the index, `width` pixels wide, on one grid."""
-    grid = Grid(row.height, row.width, max(1, round(width * row.height / row.width)), width)
-    image = picture(photos, row.img, grid.height, grid.width)[0]
-    return image, grid.soft_target(rle.decode(row.rle, row.height, row.width)) / 255
-
-
-def _outlined(ax: Axes, image: np.ndarray, soft: np.ndarray, colour: str, title: str, halo: float = 2.4) -> None:
-    """A picture (H, W, 3) and the line, on a white one, where `soft`, (H, W) in [0, 1], passes 0.5."""
-    ax.imshow(image)
-    ax.set_title(title, fontsize=TEXT - 1.5)
-    if soft.min() < 0.5 < soft.max():
-        line = ax.contour(soft, [0.5], colors=[colour], linewidths=1.3)
-        line.set_path_effects([withStroke(linewidth=halo, foreground="white", alpha=0.8)])
-
-
-def _cropped(ax: Axes, image, mask, colour: str, window, title: str, marked=None, halo: float = 2.4) -> None:
-    """One panel: a window of a picture with an outline, and a frame around the window `marked`."""
-    top, left, height, width = window
-    scale = min(1, 480 / width)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
-    crop = np.s_[top : top + height, left : left + width]
-    soft = resize(mask[crop].astype(np.float32), *size)
-    _outlined(ax, resize(np.ascontiguousarray(image[crop]), *size), soft, colour, title, halo)
-    if marked:
-        corner = (marked[1] - left) * scale, (marked[0] - top) * scale
-        ax.add_patch(Rectangle(corner, marked[3] * scale, marked[2] * scale, fill=False, color=MARK, linewidth=2))
-
-
-def _around(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a window of the picture's shape around a mask; all of it for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not rows.size:
-        return 0, 0, *mask.shape
-    share = 1.08 * max((np.ptp(rows) + 1) / mask.shape[0], (np.ptp(columns) + 1) / mask.shape[1])
-    return _window(mask.shape, (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2, share)
-
-
-def _densest(wrong: np.ndarray, share: float = 0.125) -> tuple[int, int, int, int]:
-    """The window, `share` of the picture's sides, with most wrong pixels."""
-    size = tuple(max(1, round(side * share)) for side in wrong.shape)
-    density = cv2.boxFilter(wrong.astype(np.float32), -1, size[::-1], borderType=cv2.BORDER_CONSTANT)
-    return _window(wrong.shape, *np.unravel_index(density.argmax(), density.shape), share)
-
-
-def _window(shape: tuple[int, int], y: float, x: float, share: float) -> tuple[int, int, int, int]:
-    height, width = (max(2, round(side * min(1, share))) for side in shape)
-    top, left = round(y - height / 2), round(x - width / 2)
-    return min(max(0, top), shape[0] - height), min(max(0, left), shape[1] - width), height, width
