@@ -9,10 +9,30 @@ import pytest
 
 import carvana
 
-ORDER = (
-    "files rle grid metrics losses photos folds dataset models recipe training inference evaluation submission "
-    "kaggle_api transfer demo figures overlays report pipeline cli"
-).split()
+ORDER = [
+    "files",
+    "rle",
+    "grid",
+    "metrics",
+    "losses",
+    "photos",
+    "folds",
+    "dataset",
+    "models",
+    "recipe",
+    "training",
+    "inference",
+    "evaluation",
+    "submission",
+    "kaggle_api",
+    "transfer",
+    "demo",
+    "figures",
+    "overlays",
+    "report",
+    "pipeline",
+    "cli",
+]
 PACKAGE = Path(carvana.__file__).parent
 
 

@@ -1,10 +1,17 @@
 """Bad input, as a user meets it: one line on standard error, exit code 1, no traceback, nothing half-written."""
 
+import contextlib
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 from conftest import RECIPE
+from safetensors.torch import load_file
 
 from carvana import cli, files, folds, photos
 from carvana.files import UserError
@@ -116,3 +123,24 @@ def test_folds_need_their_cars_before_anything_is_written(competition):
     with pytest.raises(UserError, match="n_folds is 9"):
         folds.folds_of_run(competition.parent / "run", photos.index(competition), 9, 0, 1)
     assert not (competition.parent / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_moments_ends_in_the_same_weights_folds_and_submission(competition):
+    place = competition.parent
+    options = {"epochs": 30, "batch_size": 2, "validate_every": 10, "ema": 0.9}
+    whole, cut = (profile(place, run_name=name, **options).rename(place / f"{name}.yaml") for name in ("whole", "cut"))
+    assert cli.main(["run", str(whole)]) == 0
+    for seconds in (12, 15, 18, 21, 24, 27):
+        process = subprocess.Popen([sys.executable, "-m", "carvana", "run", str(cut)], start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert cli.main(["run", str(cut)]) == 0
+    runs = place / "runs"
+    for name in ("folds.csv", "scores.csv", "parts/part-00000.csv"):
+        assert (runs / "cut" / name).read_bytes() == (runs / "whole" / name).read_bytes(), name
+    for name in ("fold0/best", "fold0/last", "fold1/best", "fold1/last"):
+        made, wanted = (load_file(runs / run / f"{name}.safetensors") for run in ("cut", "whole"))
+        assert all(torch.equal(made[key], wanted[key]) for key in wanted), name
+    assert (place / "submissions" / "cut.csv.gz").read_bytes() == (place / "submissions" / "whole.csv.gz").read_bytes()
