@@ -60,7 +60,7 @@ def test_the_pipeline_knows_only_files():
 
 @pytest.mark.parametrize("name", ORDER)
 def test_a_module_is_read_in_one_sitting(name):
-    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 310
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 320
 
 
 def test_importing_everything_never_imports_kaggle():

@@ -60,13 +60,13 @@ def test_scores_equal_those_of_the_masks_that_prediction_writes(shared_competiti
 def test_training_reports_the_dice_that_evaluation_finds(shared_competition, runs):
     scores = evaluate(shared_competition, runs[:1])
     history = pd.read_csv(runs[0] / "fold1" / "history.csv")
-    assert scores[scores["fold"] == 1]["dice:none"].mean() == pytest.approx(history["dice"].max(), abs=1e-3)
+    assert scores[scores["fold"] == 1]["dice:without hflip"].mean() == pytest.approx(history["dice"].max(), abs=1e-3)
 
 
 def test_gains_are_the_mean_differences_to_each_simpler_variant(scores):
     gains = evaluation.gains(scores).set_index("variant")
-    assert set(gains.index) == {"none", "a", "b", "fold 0", "fold 1"}
-    assert gains.loc["none", "gain"] == pytest.approx((scores["dice"] - scores["dice:none"]).mean())
+    assert set(gains.index) == {"without none", "without hflip", "a", "b", "fold 0", "fold 1"}
+    assert gains.loc["without hflip", "gain"] == pytest.approx((scores["dice"] - scores["dice:without hflip"]).mean())
     assert gains.loc["fold 0", "pictures"] == 4
     assert (gains["low"] <= gains["gain"]).all()
     assert (gains["gain"] <= gains["high"]).all()
@@ -78,15 +78,13 @@ def test_error_parts_sum_to_all_wrong_pixels(scores):
     assert np.allclose(wrong / (96 * 126), scores["area"] + scores["predicted_area"] - 2 * both)
 
 
-def test_a_scored_fold_is_read_again_until_its_weights_change(shared_competition, runs, scores):
-    path = runs[0] / "fold0" / "scores.csv"
-    written = path.stat().st_mtime_ns
-    evaluate(shared_competition, runs)
-    evaluate(shared_competition, runs)
-    assert path.stat().st_mtime_ns != written  # one run's scores had replaced the blend's
-    written = path.stat().st_mtime_ns
-    evaluate(shared_competition, runs)
-    assert path.stat().st_mtime_ns == written
+def test_scores_of_a_fold_are_kept_for_each_set_of_members_and_read_again(shared_competition, runs, scores):
+    evaluate(shared_competition, runs[:1])
+    kept = {path: path.stat().st_mtime_ns for path in (runs[0] / "fold0").glob("scores-*.csv")}
+    assert len(kept) >= 2  # of the blend, and of the run alone
+    again = evaluate(shared_competition, runs)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    pd.testing.assert_frame_equal(again, scores)
 
 
 def test_ensemble_json_names_every_fold_of_every_run(runs, scores):

@@ -62,7 +62,7 @@ def test_ensemble_json_is_read_back_with_paths_relative_to_it(members, tmp_path)
 
 def test_members_of_different_sizes_are_blended_as_the_weighted_mean_of_enlarged_logits(members, tests):
     ensemble = inference.Ensemble(members, [0.25, 0.75], ["none", "hflip"])
-    ensemble.dtype = None
+    ensemble.dtypes = [None, None]
     each, full, rows = next(inference.batched(ensemble, tests, tests.names[:2], 2, workers=0))
     assert [tuple(logits.shape) for logits in each] == [(2, 2, *SIZES[0]), (2, 2, *SIZES[1])]
     blended = [logits[0].numpy() for logits in ensemble.blend(each)]
@@ -134,3 +134,11 @@ def test_a_photograph_that_cannot_be_decoded_is_named_and_leaves_no_row(members,
 def test_a_missing_member_is_an_error_before_work(members):
     with pytest.raises(UserError, match=r"gone.safetensors cannot be read"):
         inference.Ensemble([members[0].parent / "gone.safetensors"], [1.0], ["none"])
+
+
+def test_logits_that_are_not_finite_are_an_error_not_an_empty_mask(members, tests, tmp_path):
+    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
+    ensemble.models[0].net.segmentation_head[0].bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"not finite for one of 000000000001_01.jpg"):
+        predicted(ensemble, tests, tmp_path)
+    assert not list(tmp_path.glob("*.csv"))

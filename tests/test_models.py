@@ -74,7 +74,9 @@ def test_weights_that_fit_nothing_are_an_error(tmp_path):
 def test_missing_broken_and_pickled_weights_are_an_error(tmp_path):
     model = models.Segmenter(SMALL)
     with pytest.raises(UserError, match=r"none.pth does not exist"):
-        models.load_encoder(model, tmp_path / "none.pth")
+        models.check_weights(SMALL, str(tmp_path / "none.pth"))
+    with pytest.raises(UserError, match="classic_unet has no encoder"):
+        models.check_weights(models.Network("classic_unet", "", "", 64, 64), "imagenet")
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken.pth cannot be read"):
         models.load_encoder(model, tmp_path / "broken.pth")

@@ -60,7 +60,7 @@ def test_the_run_folder_holds_what_the_design_promises(place, lines):
                  "parts/part-00000.csv", "parts/part-00000.json"):  # fmt: skip
         assert (run / name).exists(), name
     assert len(pd.read_csv(run / "scores.csv")) == 20
-    assert set(json.loads((run / "run.json").read_text())) == {"parameters", "versions", "commit", "machine"}
+    assert set(json.loads((run / "run.json").read_text())) == {"parameters", "data", "versions", "commit", "machine"}
 
 
 def test_scores_of_the_notebooks_are_those_in_the_files(place, lines):

@@ -133,3 +133,32 @@ def test_a_broken_zip_is_named(competition):
     (competition / "train.zip").write_bytes(b"PK not a zip")
     with pytest.raises(UserError, match=r"train.zip is not a whole zip"):
         photos.index(competition)
+
+
+def test_any_folder_is_predicted_whole_even_if_the_sample_names_more(competition, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy(competition / "test" / "000000000005_02.jpg", own)
+    assert photos.rows_wanted(competition, photos.Archive(own, ".jpg")) == ["000000000005_02.jpg"]
+
+
+def test_hidden_files_of_a_mac_are_no_pictures(competition, shared_competition):
+    (competition / "train" / "._000000000001_01.jpg").write_bytes(b"resource fork")
+    assert photos.index(competition).equals(photos.index(shared_competition))
+
+
+def test_excluding_everything_is_refused(competition, tmp_path):
+    listed = tmp_path / "all.txt"
+    listed.write_text("\n".join(photos.photographs(competition, "train").names))
+    with pytest.raises(UserError, match=r"all.txt names every picture"):
+        photos.index(competition, exclude=listed)
+
+
+def test_a_damaged_member_of_a_zip_is_named(competition):
+    as_zips(competition)
+    path = competition / "train.zip"
+    data = bytearray(path.read_bytes())
+    data[200:240] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"000000000001_01.jpg"):
+        photos.full_picture(photos.photographs(competition, "train"), "000000000001_01.jpg")

@@ -70,7 +70,8 @@ def test_a_finished_fold_is_not_trained_again(trained, shared_competition):
 def test_held_out_cars_are_in_no_part(shared_competition, tmp_path):
     pictures = photos.index(shared_competition)
     table = folds.make_folds(pictures, 2, 1, 1)
-    state = training.Fold(recipe(), pictures, None, table, 0, tmp_path)
+    source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, 96, 128)
+    state = training.Fold(recipe(), pictures, source, table, 0, tmp_path)
     used = set(pictures["car"].iloc[[*state.train_rows, *state.valid_rows]])
     assert used == set(table[table["fold"] >= 0]["car"])
 
@@ -151,6 +152,11 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
     ("optimizer", "adamm", 'optimizer "adamm" is unknown, did you mean "adam'),
     ("amp", "fp8", 'amp is "fp8". Choose from: no, fp16, bf16, auto'),
     ("epochs", 0, "epochs is 0, but must be at least 1"),
+    ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
+    ("height", 100, "height is 100, but must be a multiple of 32"),
+    ("encoder_weights", "none.pth", "none.pth does not exist"),
+    ("crop_height", 64, r"crop_height and crop_width are \(64, 0\)"),
+    ("lr", "fast", "lr is 'fast', but must be float"),
 ])  # fmt: skip
 def test_a_wrong_recipe_is_refused_before_work(name, value, message):
     with pytest.raises(UserError, match=message):
@@ -171,3 +177,13 @@ def test_a_plateau_of_two_validations_halves_the_rate():
     assert training._stalls([0.1, 0.2, 0.3]) == 0
     assert training._stalls([0.3, 0.2, 0.1]) == 1
     assert training._stalls([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_fold_that_the_run_does_not_have_is_refused(shared_competition, tmp_path, number):
+    with pytest.raises(UserError, match=f"fold is {number}, but the run has the folds 0 to 1"):
+        fold_of(shared_competition, tmp_path, number)
+
+
+def test_text_from_a_yaml_file_becomes_the_number_it_means():
+    assert Recipe.of(RECIPE | {"lr": "2e-3", "ema": 0}).lr == 0.002

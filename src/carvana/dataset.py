@@ -1,9 +1,9 @@
 """Training pictures at network size: the uint8 cache, and albumentations with random states that never repeat."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import albumentations as A
@@ -14,17 +14,21 @@ import torch
 from torch.utils.data import Dataset
 
 from carvana import rle
-from carvana.files import fingerprint, progress
+from carvana.files import UserError, fingerprint, overlapped, progress
 from carvana.grid import Grid
 from carvana.photos import Archive, picture
 
 
 class Decoded(Sequence):
-    """Pictures and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8."""
+    """Pictures and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8.
+
+    `key` changes when the photographs, names, masks or the size change.
+    """
 
     def __init__(self, photos: Archive, pictures: pd.DataFrame, height: int, width: int):
         self.photos, self.height, self.width = photos, height, width
         self.names, self.rles = pictures["img"].tolist(), pictures["rle"].tolist()
+        self.key = f"{height}x{width}-{fingerprint(photos.stamp(), self.names, self.rles)}"
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -40,7 +44,7 @@ class Cached(Sequence):
     """The same from one memory-mapped file of (n, height, width, 4) uint8, the target being the fourth channel."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.key = path, path.stem
         self.array = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:
@@ -60,32 +64,36 @@ class Cached(Sequence):
 def cached(source: Decoded, folder: Path) -> Sequence:
     """`source` through a cache file in `folder`, built once; `source` itself where the cache would fill half the disk.
 
-    The file's name holds what it depends on: photographs, names, masks and size.
+    The file's name holds what it depends on. Folds that start together wait for the one that builds it.
     """
-    stamp = source.photos.stamp(), source.names, source.rles, source.height, source.width
-    path = folder / f"{source.height}x{source.width}-{fingerprint(*stamp)}.npy"
-    if path.exists():
-        return Cached(path)
+    path = folder / f"{source.key}.npy"
     folder.mkdir(parents=True, exist_ok=True)
-    if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
-        return source
-    _build(source, path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
+                return source
+            _build(source, path)
     return Cached(path)
 
 
 def _build(source: Decoded, path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")
     shape = len(source), source.height, source.width, 4
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder releases the interpreter lock
-            items = pool.map(source.__getitem__, range(len(source)))
-            for i, (image, target) in enumerate(progress(items, "caching", total=len(source))):
-                array[i, ..., :3], array[i, ..., 3] = image, target
-        array.flush()
-        temporary.replace(path)
-    finally:
+        with temporary.open("r+b") as file:  # a disk that fills later would end the process without a word
+            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written: {error.strerror}. Free space or choose another runs_dir."
+        ) from error
+    items = overlapped(source.__getitem__, ((i,) for i in range(len(source))))  # the decoder releases the interpreter
+    for i, (image, target) in enumerate(progress(items, "caching", total=len(source))):
+        array[i, ..., :3], array[i, ..., 3] = image, target
+    array.flush()
+    temporary.replace(path)
 
 
 class TrainingPictures(Dataset):

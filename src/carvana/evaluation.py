@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from carvana import metrics, rle
-from carvana.files import UserError, atomic, fingerprint, progress, read_json, sha256, write_json
+from carvana.files import UserError, atomic, fingerprint, progress, sha256
 from carvana.folds import HOLDOUT, read_folds
 from carvana.inference import Ensemble, batched, enlarged
 from carvana.photos import Archive
@@ -25,8 +25,8 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
     """Score every picture by models that have not seen its car; returns a table, a row per picture.
 
     Columns: img, car, view, fold, dice, iou (of the blend of all runs and views), area, predicted_area, the parts of
-    the error in pixels (see metrics.error_anatomy), and `dice:VARIANT` for every simpler variant: a view, two views, a
-    run, and a single fold for held-out cars. Each fold is kept in the first run's folder: a kill costs one fold.
+    the error in pixels (see metrics.error_anatomy), and `dice:VARIANT` for every simpler variant: without a view, a
+    single run, and a single fold for held-out cars. Each fold is kept in the first run's folder: a kill costs one.
 
     pictures: table of photos.index. Cars of fold -1 are scored by all folds together. UserError where runs have other
     folds, or where every mask is empty.
@@ -37,8 +37,8 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
     tables = []
     for fold in [*shared, HOLDOUT] if (fold_of == HOLDOUT).any() else shared:
         members = [found[f] for f in ([fold] if fold != HOLDOUT else shared) for found in checkpoints]
-        path = run_dirs[0] / (f"fold{fold}" if fold != HOLDOUT else "holdout") / "scores.csv"
-        table = _score_fold(path, members, run_dirs, pictures[fold_of == fold], photos, views, batch_size, fold)
+        names = [run_dir.name for run_dir in run_dirs], shared
+        table = _score_fold(run_dirs[0], members, names, pictures[fold_of == fold], photos, views, batch_size, fold)
         tables.append(table)
     scores = pd.concat(tables, ignore_index=True)
     if not scores["predicted_area"].any():
@@ -66,17 +66,17 @@ def _same_folds(run_dirs: list[Path]) -> pd.DataFrame:
     return folds
 
 
-def _score_fold(path, members, run_dirs, pictures, photos, views, batch_size, fold) -> pd.DataFrame:
-    key = fingerprint([sha256(member) for member in members], views, pictures[["img", "rle"]].to_numpy().tolist(), fold)
-    note = path.with_suffix(".json")
-    if path.exists() and note.exists() and read_json(note) == key:
+def _score_fold(run_dir, members, names, pictures, photos, views, batch_size, fold) -> pd.DataFrame:
+    truth = pictures[["img", "rle"]].to_numpy().tolist()
+    key = fingerprint([sha256(member) for member in members], names, views, truth, photos.stamp())
+    path = run_dir / (f"fold{fold}" if fold != HOLDOUT else "holdout") / f"scores-{key}.csv"
+    if path.exists():
         return pd.read_csv(path, dtype={"car": str})
     ensemble = Ensemble(members, [1 / len(members)] * len(members), views)
-    names = pictures["img"].tolist()
     rows = []
-    with progress(None, f"scoring {path.parent.name}", total=len(names)) as bar:
-        for each, full, batch in batched(ensemble, photos, names, batch_size):
-            variants = _variants(each, views, [run_dir.name for run_dir in run_dirs], fold)
+    with progress(None, f"scoring {path.parent.name}", total=len(pictures)) as bar:
+        for each, full, batch in batched(ensemble, photos, pictures["img"].tolist(), batch_size):
+            variants = _variants(each, views, *names, fold)
             for i, row in enumerate(batch):
                 own = {name: [logits[i] for logits in blended] for name, blended in variants.items()}
                 rows.append(_score(pictures.iloc[row], own, full[i]))
@@ -85,22 +85,21 @@ def _score_fold(path, members, run_dirs, pictures, photos, views, batch_size, fo
     table.insert(3, "fold", fold)
     with atomic(path) as file:
         file.write(table.to_csv(index=False).encode())
-    write_json(note, key)
     return table
 
 
-def _variants(each: list[torch.Tensor], views: list[str], runs: list[str], fold: int) -> dict[str, list[np.ndarray]]:
+def _variants(
+    each: list[torch.Tensor], views: list[str], runs: list[str], folds: list[int], fold: int
+) -> dict[str, list[np.ndarray]]:
     """Blended logits (B, h, w) of each size for the whole ensemble ("") and for every simpler variant of it."""
     chosen = {"": (each, slice(None))}
     if len(views) > 1:
-        chosen[views[0]] = each, [0]
-        if len(views) > 2:
-            chosen |= {f"{views[0]}+{view}": (each, [0, i]) for i, view in enumerate(views) if i}
+        rest = {view: [i for i, other in enumerate(views) if other != view] for view in views}
+        chosen |= {f"without {view}": (each, kept) for view, kept in rest.items()}
     if len(runs) > 1:
         chosen |= {run: (each[i :: len(runs)], slice(None)) for i, run in enumerate(runs)}
     if fold == HOLDOUT:
-        folds = range(len(each) // len(runs))
-        chosen |= {f"fold {f}": (each[f * len(runs) :][: len(runs)], slice(None)) for f in folds}
+        chosen |= {f"fold {f}": (each[i * len(runs) :][: len(runs)], slice(None)) for i, f in enumerate(folds)}
     return {name: _mean([logits[which] for logits in members]) for name, (members, which) in chosen.items()}
 
 

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,18 +117,24 @@ def given(path: str) -> Path | None:
     return resolve(path) if path else None
 
 
-def write_run(run_dir: Path, parameters: dict) -> None:
-    """Write run.json: the parameters, versions, commit and machine that a run started with."""
+def write_run(run_dir: Path, parameters: dict, data: str) -> None:
+    """Write run.json: parameters, versions, commit, machine and the fingerprint of the data that a run started with."""
     packages = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
-    git = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     facts = {
         "parameters": parameters,
+        "data": data,
         "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "machine": {"system": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()},
     }
     write_json(run_dir / "run.json", facts)
+
+
+def _commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    git = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def need_space(folder: str | Path, size: int) -> None:
@@ -139,8 +147,23 @@ def need_space(folder: str | Path, size: int) -> None:
         raise UserError(f"{folder}: {need}. Free space or choose another folder.")
 
 
+def overlapped(function: Callable, items: Iterable[tuple]) -> Iterator:
+    """`function(*item)` of every item, in order, on as many threads as cores.
+
+    At most four results a core wait, so that memory stays flat where the items come faster than they are worked on.
+    """
+    cores, waiting = os.cpu_count(), deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > 4 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def progress(items: Iterable, what: str, unit: str = "pictures", **options: Any) -> tqdm:
-    """A progress bar with rate and time left; outside a terminal a line every 10 s, so that logs stay readable."""
+    """A progress bar with rate and time left; outside a terminal it is renewed every 10 s, so that logs stay short."""
     live = sys.stderr.isatty()
     interval = 0.2 if live else 10
     return tqdm(items, desc=what, unit=" " + unit, mininterval=interval, ascii=not live, ncols=100, **options)

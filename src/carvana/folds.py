@@ -61,7 +61,7 @@ def folds_of_run(run_dir: Path, pictures: pd.DataFrame, n_folds: int, holdout_ca
     found = read_folds(run_dir)
     if not found.equals(made):
         raise UserError(
-            f"{path} was made with other cars, n_folds, holdout_cars or seed. "
+            f"{path} was made with other cars, masks, exclude, n_folds, holdout_cars or seed. "
             "Choose another run_name, or delete the run to start it anew."
         )
     return found

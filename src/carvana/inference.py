@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from carvana import rle
-from carvana.files import UserError, atomic, fingerprint, progress, read_json, sha256, write_json
+from carvana.files import UserError, atomic, fingerprint, overlapped, progress, read_json, sha256, write_json
 from carvana.grid import STRIDE, Grid
 from carvana.models import load_checkpoint
 from carvana.photos import Archive, picture
@@ -46,9 +45,10 @@ class Ensemble:
         for view in self.views:
             view_logits(lambda pictures: pictures[..., 0].float(), torch.zeros(1, STRIDE, STRIDE, 3).byte(), view)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.models = [load_checkpoint(path)[0].to(self.device) for path in self.paths]
-        kind = precision("auto")
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[kind]
+        loaded = [load_checkpoint(path) for path in self.paths]
+        self.models = [model.to(self.device) for model, _ in loaded]
+        kinds = ["no" if facts.get("amp") == "no" else precision("auto") for _, facts in loaded]
+        self.dtypes = [{"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[kind] for kind in kinds]
 
     @classmethod
     def read(cls, path: Path) -> "Ensemble":
@@ -77,13 +77,13 @@ class Ensemble:
 
         pictures: for every size a batch (B, h, w, 3) uint8 of the same photographs.
         """
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            moved = {size: batch.to(self.device, non_blocking=True) for size, batch in pictures.items()}
-            inputs = [moved[model.network.height, model.network.width] for model in self.models]
-            return [
-                torch.stack([view_logits(model, batch, view).float() for view in self.views])
-                for model, batch in zip(self.models, inputs, strict=True)
-            ]
+        moved = {size: batch.to(self.device, non_blocking=True) for size, batch in pictures.items()}
+        logits = []
+        for model, dtype in zip(self.models, self.dtypes, strict=True):
+            batch = moved[model.network.height, model.network.width]
+            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                logits.append(torch.stack([view_logits(model, batch, view).float() for view in self.views]))
+        return logits
 
     def blend(self, each: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Weighted mean over members and views: a (B, h, w) sum for every distinct size; their enlarged sum counts."""
@@ -166,7 +166,11 @@ def batched(
     )
     for pictures, full, rows in loader:
         with _memory_advice():
-            yield ensemble.each(pictures), full, rows
+            each = ensemble.each(pictures)
+        if not all(logits.isfinite().all() for logits in each):
+            listed = ", ".join(names[row] for row in rows)
+            raise UserError(f"A network gives logits that are not finite for one of {listed}. Train it with amp no.")
+        yield each, full, rows
 
 
 @contextmanager
@@ -192,7 +196,7 @@ def predict(
     area (share of the picture), part (path); shorter than `names` where `max_hours` ended before the last part.
     """
     members = [sha256(path) for path in ensemble.paths], ensemble.weights, ensemble.views, ensemble.threshold
-    key = fingerprint(*members, photos.stamp(), names, batch_size)
+    key = fingerprint(*members, photos.stamp(), names)
     slices = [names[first : first + PART_SIZE] for first in range(0, len(names), PART_SIZE)]
     paths = [folder / f"part-{number:05d}.csv" for number in range(len(slices))]
     missing = [number for number, path in enumerate(paths) if not _finished(path, key)]
@@ -207,21 +211,25 @@ def predict(
 
 
 def _write_part(ensemble, photos, names, path, key, batch_size, workers, bar) -> None:
-    pending = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # encoding overlaps with the network
-        for each, full, _ in batched(ensemble, photos, names, batch_size, workers):
-            blended = [logits.cpu().numpy() for logits in ensemble.blend(each)]
-            pending += [
-                pool.submit(_encode, [logits[i] for logits in blended], full[i], ensemble.cut) for i in range(len(full))
-            ]
-            bar.update(len(full))
-    encoded = [future.result() for future in pending]
+    masked = overlapped(_encode, _blended(ensemble, photos, names, batch_size, workers))
+    encoded = []
+    for result in masked:
+        encoded.append(result)
+        bar.update()
     text = io.StringIO()
     pd.DataFrame({"img": names, "rle_mask": [text for text, _ in encoded]}).to_csv(text, index=False)
     with atomic(path) as file:
         file.write(text.getvalue().encode())
     areas = [area for _, area in encoded]
     write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256(path), "names": names, "areas": areas})
+
+
+def _blended(ensemble, photos, names, batch_size, workers) -> Iterator[tuple[list[np.ndarray], Size, float]]:
+    """What `_encode` takes for each photograph; the network works on while threads encode what it gave before."""
+    for each, full, _ in batched(ensemble, photos, names, batch_size, workers):
+        blended = [logits.cpu().numpy() for logits in ensemble.blend(each)]
+        for i in range(len(full)):
+            yield [logits[i] for logits in blended], full[i], ensemble.cut
 
 
 def _encode(blended: list[np.ndarray], full: Size, cut: float) -> tuple[str, float]:
@@ -248,7 +256,5 @@ def _finished_table(paths: list[Path]) -> pd.DataFrame:
 
 def masks(ensemble: Ensemble, photos: Archive, names: list[str], batch_size: int = 4) -> Iterator[np.ndarray]:
     """Probabilities at full size, (H, W) float32 in [0, 1], of a few photographs to look at."""
-    for each, full, _ in batched(ensemble, photos, names, batch_size, workers=0):
-        blended = [logits.cpu().numpy() for logits in ensemble.blend(each)]
-        for i in range(len(full)):
-            yield 1 / (1 + np.exp(-enlarged([logits[i] for logits in blended], full[i])))
+    for logits, full, _ in _blended(ensemble, photos, names, batch_size, workers=0):
+        yield 1 / (1 + np.exp(-enlarged(logits, full)))

@@ -197,6 +197,16 @@ def _scrub(error: BaseException | str) -> str:
     return text[:200]
 
 
+def submitted(submissions_dir: str | Path, file_hash: str) -> dict | None:
+    """The ledger's row of a file that was uploaded before and not rejected: sending it again would waste a try."""
+    path = Path(submissions_dir) / "ledger.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["sha256"] == file_hash and row["status"] != "error"]
+    return rows[-1] if rows else None
+
+
 def submit(
     path: str | Path,
     message: str,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from carvana.files import UserError, atomic, nearest
+from carvana.files import UserError, atomic, nearest, resolve
 from carvana.grid import STRIDE
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,21 +63,25 @@ class Segmenter(nn.Module):
 
 
 def _build(network: Network) -> nn.Module:
+    check_names(network)
     if network.arch == "classic_unet":
         return ClassicUNet()
     options = {"decoder_channels": _channels(network.decoder_channels)} if network.decoder_channels else {}
     try:
         return smp.create_model(network.arch, network.encoder, encoder_weights=None, classes=1, **options)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        _check_names(network)
         raise UserError(f"arch {network.arch} with encoder {network.encoder} cannot be built: {error}") from error
 
 
-def _check_names(network: Network) -> None:
+def check_names(network: Network) -> None:
+    """UserError, with the nearest name, for an architecture, encoder or widths that nobody knows."""
     archs = ["classic_unet", *smp.MODEL_ARCHITECTURES_MAPPING]
     if network.arch.lower() not in archs:
         hint = nearest(network.arch, archs)
         raise UserError(f'arch "{network.arch}" is unknown{hint} Choose from: {", ".join(archs)}.')
+    if network.arch == "classic_unet":
+        return
+    _channels(network.decoder_channels or "1")
     encoders = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
     if network.encoder not in encoders:
         hint = nearest(network.encoder, encoders)
@@ -105,11 +109,9 @@ def load_encoder(model: Segmenter, weights: str | Path | None) -> str:
     """
     if not weights:
         return "Encoder weights: random."
-    if model.network.arch == "classic_unet":
-        raise UserError(f'encoder_weights is "{weights}", but classic_unet has no encoder to load. Set it to "".')
     encoder = model.net.encoder
     state = encoder.state_dict()
-    found = _hub_weights(model.network.encoder) if weights == "imagenet" else _read_weights(Path(weights))
+    found = _hub_weights(model.network.encoder) if weights == "imagenet" else _read_weights(resolve(weights))
     matched = {own: found[name] for own in state if (name := _counterpart(own, state[own], found))}
     learnt = [name for name in state if not name.endswith("num_batches_tracked")]
     n_matched = sum(name in matched for name in learnt)
@@ -119,6 +121,15 @@ def load_encoder(model: Segmenter, weights: str | Path | None) -> str:
     return f"Encoder weights: {n_matched} of {len(learnt)} tensors matched in {weights}."
 
 
+def check_weights(network: Network, weights: str) -> None:
+    """UserError where `weights` cannot be meant: a file that is not there, or any for a network without an encoder."""
+    if weights and network.arch == "classic_unet":
+        raise UserError(f'encoder_weights is "{weights}", but classic_unet has no encoder to load. Set it to "".')
+    if weights not in ("", "imagenet") and not resolve(weights).is_file():
+        kinds = 'Give a .safetensors or .pth file, "imagenet" or "".'
+        raise UserError(f"encoder_weights {resolve(weights)} does not exist. {kinds}")
+
+
 def _counterpart(own: str, tensor: torch.Tensor, found: dict[str, torch.Tensor]) -> str | None:
     """The name in a file for the encoder's tensor `own`: smp's timm encoders put "model." before timm's names."""
     names = (own, own.removeprefix("model."), f"encoder.{own}", f"net.encoder.{own}")
@@ -126,8 +137,6 @@ def _counterpart(own: str, tensor: torch.Tensor, found: dict[str, torch.Tensor])
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise UserError(f'encoder_weights {path} does not exist. Give a .safetensors or .pth file, "imagenet" or "".')
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:

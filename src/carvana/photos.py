@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from carvana import rle
 from carvana.files import UserError, nearest, progress
 from carvana.grid import Grid, pad, resize
 
+BROKEN = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error  # what reading a damaged zip raises
+
 
 class Archive:
     """The files of a folder or of a zip, by their bare names. Cheap to copy into worker processes."""
@@ -24,7 +27,8 @@ class Archive:
             raise UserError(f"{self.path} does not exist. Give a folder or a zip with {suffix} files.")
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         members = self._zip().namelist() if self.path.is_file() else [file.name for file in self.path.iterdir()]
-        self.members = {Path(member).name: member for member in sorted(members) if member.lower().endswith(suffix)}
+        names = {Path(member).name: member for member in sorted(members) if member.lower().endswith(suffix)}
+        self.members = {name: member for name, member in names.items() if not name.startswith(".")}
         if not self.members:
             raise UserError(f"{self.path} holds no {suffix} files. Is it the right folder, and was it unpacked whole?")
 
@@ -41,7 +45,7 @@ class Archive:
                     return file.read(size)
             with self._zip().open(self.members[name]) as file:
                 return file.read(size)
-        except (OSError, zipfile.BadZipFile) as error:
+        except BROKEN as error:
             raise UserError(f"{self.path}: {name} cannot be read ({error}). Download it again.") from error
 
     def _zip(self) -> zipfile.ZipFile:
@@ -49,7 +53,7 @@ class Archive:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = os.getpid(), zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
+            except BROKEN as error:
                 raise UserError(f"{self.path} is not a whole zip ({error}). Download it again.") from error
         return self._opened[1]
 
@@ -58,15 +62,21 @@ class Archive:
         return self.__dict__ | {"_opened": None}
 
     def stamp(self) -> list:
-        """What changes when the files change: path, size and time of the zip, or names and sizes of the folder."""
+        """What changes when the files change, wherever they lie: size of the zip, or names and sizes of the folder."""
         if self.path.is_file():
-            return [str(self.path), self.path.stat().st_size, self.path.stat().st_mtime_ns]
+            return [self.path.stat().st_size]
         return [[name, (self.path / name).stat().st_size] for name in self.names]
 
 
 def photographs(data_dir: Path, part: str, hq: bool = False) -> Archive:
     """The JPEGs of `part` ("train" or "test") in a folder or zip of the competition's name."""
     return _archive(data_dir, f"{part}_hq" if hq else part, ".jpg")
+
+
+def has_photographs(data_dir: Path, part: str, hq: bool = False) -> bool:
+    """Whether a folder or zip of photographs is there."""
+    name = f"{part}_hq" if hq else part
+    return (data_dir / name).exists() or (data_dir / f"{name}.zip").exists()
 
 
 def _archive(data_dir: Path, name: str, suffix: str) -> Archive:
@@ -80,27 +90,38 @@ def _archive(data_dir: Path, name: str, suffix: str) -> Archive:
 
 def table(data_dir: Path, name: str) -> pd.DataFrame | None:
     """`name`.csv, also from its zip, all columns as text; None where there is none."""
-    for path in (data_dir / f"{name}.csv", data_dir / f"{name}.csv.zip"):
-        if path.exists():
-            try:
-                return pd.read_csv(path, dtype=str, keep_default_na=False)
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise UserError(f"{path} is not a table: {error}. Download it again.") from error
-    return None
+    paths = (data_dir / f"{name}.csv", data_dir / f"{name}.csv.zip")
+    return next((_read_table(path) for path in paths if path.exists()), None)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        data = path.read_bytes()
+        if zipfile.is_zipfile(path):
+            packed = Archive(path, ".csv")
+            data = packed.read(packed.names[0])
+        return pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a table: {error}. Download it again.") from error
 
 
 def rows_wanted(data_dir: Path, tests: Archive, sample: Path | None = None) -> list[str]:
     """Names that a submission must have, in order: those of `sample`, by default data_dir's sample_submission.csv.
 
-    All of `tests` by name where the sample is absent or speaks of other pictures altogether; UserError where it names
-    some of `tests` and others that are missing there.
+    All of `tests` by name where there is no sample, or where it does not name just the pictures of a folder of the
+    user's own. UserError where data_dir's test pictures, or a sample given by hand, do not fit together.
     """
     if sample and not sample.exists():
         raise UserError(f"sample {sample} does not exist. Give a csv with the names wanted in its column img.")
-    rows = table(sample.parent, sample.name.partition(".csv")[0]) if sample else table(data_dir, "sample_submission")
+    own = tests.path.parent != data_dir
+    rows = _read_table(sample) if sample else table(data_dir, "sample_submission")
+    if rows is not None and "img" not in rows:
+        raise UserError(
+            f"sample {sample or data_dir / 'sample_submission.csv'} has no column img. Give a csv that has."
+        )
     wanted = [] if rows is None else rows["img"].tolist()
     missing = [name for name in wanted if name not in tests.members]
-    if len(missing) == len(wanted):
+    if not wanted or (missing and own and not sample) or len(missing) == len(wanted):
         return tests.names
     if missing:
         of = f"{len(missing)} of {len(wanted)} photographs that the sample names"
@@ -161,7 +182,10 @@ def index(data_dir: Path, hq: bool = False, exclude: Path | None = None) -> pd.D
     name that is not CAR_VIEW.jpg, or a mask of another size. `exclude` is a file with a name in each line.
     """
     photos = photographs(data_dir, "train", hq)
-    names = [name for name in photos.names if name not in excluded(exclude, photos)]
+    left_out = excluded(exclude, photos)
+    names = [name for name in photos.names if name not in left_out]
+    if not names:
+        raise UserError(f"exclude {exclude} names every picture of {photos.path}. Leave some to train on.")
     sizes = [size(photos, name) for name in names]
     masks = _masks(data_dir, names, dict(zip(names, sizes, strict=True)))
     pictures = pd.DataFrame({"img": names, "height": [s[0] for s in sizes], "width": [s[1] for s in sizes]})
@@ -195,6 +219,8 @@ def car_and_view(name: str) -> tuple[str, int]:
 
 def _masks(data_dir: Path, names: list[str], sizes: dict[str, tuple[int, int]]) -> dict[str, str]:
     listed = table(data_dir, "train_masks")
+    if listed is not None and not {"img", "rle_mask"} <= set(listed):
+        raise UserError(f"data_dir {data_dir}: train_masks.csv must have the columns img, rle_mask. Download it again.")
     has_gifs = (data_dir / "train_masks").exists() or (data_dir / "train_masks.zip").exists()
     if listed is None and not has_gifs:
         raise UserError(f"data_dir {data_dir} holds no train_masks.csv and no train_masks. Run 01_download.")

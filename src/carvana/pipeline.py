@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,10 @@ def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> d
 
 
 def _from_text(text: str, parameter: Parameter | None) -> object:
-    return text if parameter and isinstance(parameter.default, str) else yaml.safe_load(text)
+    try:
+        return text if parameter and isinstance(parameter.default, str) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _checked(path: str | Path, name: str, value: object, default: object) -> object:
@@ -118,8 +122,10 @@ def steps(values: dict) -> Iterator[Step]:
     members = [run.parent / name for name in names] or [run]
     folds = range(filled["n_folds"])
     checkpoints = [member / f"fold{fold}" / "best.safetensors" for member in members for fold in folds]
-    sources = [data, data / "train", data / "train_hq"]
+    sources = [data, data / "train", data / "train_hq", data / "train_masks"]
     ensemble = resolve(filled["ensemble"]) if filled["ensemble"] else run / "ensemble.json"
+    if filled["ensemble"] and ensemble.exists():
+        checkpoints += [ensemble.parent / member["path"] for member in read_json(ensemble)["members"]]
     tests = [resolve(filled["test_dir"])] if filled["test_dir"] else [data / "test", data / "test_hq"]
     exclude = [resolve(filled["exclude"])] if filled["exclude"] else []
     plan = [("01_download", {}, [], [data])]
@@ -128,7 +134,7 @@ def steps(values: dict) -> Iterator[Step]:
         written = [[run / f"fold{fold}" / "last.safetensors"] for fold in folds]
         plan += [("03_train", {"fold": fold}, [*sources, *exclude], written[fold]) for fold in folds]
     plan += [("04_evaluate", {}, [*sources, *exclude, *checkpoints], [run / "scores.csv", run / "ensemble.json"])]
-    plan += [("05_predict", {}, [data, *tests, ensemble], [submission])]
+    plan += [("05_predict", {}, [data, *tests, ensemble, *checkpoints], [submission])]
     plan += [("06_submit", {}, [data, submission], [run / "submission.json"])]
     for name, extra, reads, writes in plan:
         wanted = {key: value for key, value in (values | extra).items() if name in known[key].notebooks}
@@ -149,19 +155,30 @@ def run(profile: str | Path, overrides: dict[str, str] | None = None) -> list[st
 
 
 def _run_group(group: list[Step], folder: Path) -> None:
-    """Execute the steps of one notebook that are not done: folds one on each GPU, everything else one by one."""
+    """Execute the steps of one notebook that are not done: folds in a lane for each GPU, the rest one by one."""
     note = folder / "steps.json"
     done = read_json(note) if note.exists() else {}
     keys = {step.title: step.key() for step in group}  # of the inputs as they are before the work
     todo = [step for step in group if not _is_done(step, folder, done.get(step.title, {}), keys[step.title])]
     for step in group:
         print(f"{step.title}: {'running' if step in todo else 'nothing has changed, skipped'}", flush=True)
-    with ThreadPoolExecutor(_gpus() if len(todo) > 1 else 1) as pool:
-        timed = pool.map(lambda step: execute(step.name, _output(step, folder), step.values), todo)
-        for step, seconds in zip(todo, timed, strict=True):
+    lock = threading.Lock()
+
+    def finish(lane: list[Step]) -> None:
+        for step in lane:
+            seconds = execute(step.name, _output(step, folder), step.values)
             print(f"{step.title}: done in {seconds:.0f} s", flush=True)
-            done[step.title] = {"key": keys[step.title], "seconds": round(seconds, 1)}
-            write_json(note, done)
+            with lock:
+                done[step.title] = {"key": keys[step.title], "seconds": round(seconds, 1)}
+                write_json(note, done)
+
+    gpus = _gpus() if len(todo) > 1 else 1
+    if gpus == 1:  # in the main thread, where an interruption reaches the notebook
+        finish(todo)
+        return
+    lanes = [[step for step in todo if step.values["fold"] % gpus == gpu] for gpu in range(gpus)]
+    with ThreadPoolExecutor(gpus) as pool:
+        list(pool.map(finish, lanes))
 
 
 def _is_done(step: Step, folder: Path, done: dict, key: str) -> bool:
@@ -173,7 +190,7 @@ def _output(step: Step, folder: Path) -> Path:
 
 
 def _gpus() -> int:
-    """Folds that train at the same time: 03_train takes the GPU of its fold's number."""
+    """Lanes of folds that train at the same time: 03_train takes the GPU of its fold's number."""
     import torch  # takes seconds, and a run in which nothing has changed does not need it
 
     return max(1, torch.cuda.device_count())

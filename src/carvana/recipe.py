@@ -7,8 +7,9 @@ import torch
 from timm.optim import list_optimizers
 
 from carvana.files import UserError, nearest
+from carvana.grid import STRIDE
 from carvana.losses import loss_named
-from carvana.models import Network
+from carvana.models import Network, check_names, check_weights
 
 SCHEDULES = ("cosine", "onecycle", "plateau", "constant")
 
@@ -50,8 +51,11 @@ class Recipe:
     def of(cls, parameters: dict) -> "Recipe":
         """Pick the recipe out of a notebook's parameters: `Recipe.of(globals())`. Names are checked before work."""
         recipe = cls(**{field.name: _typed(field, parameters[field.name]) for field in fields(cls)})
+        check_names(recipe.network)
+        check_weights(recipe.network, recipe.encoder_weights)
         loss_named(recipe.loss)
         precision(recipe.amp)
+        recipe._check_crop()
         if recipe.schedule not in SCHEDULES:
             hint = nearest(recipe.schedule, SCHEDULES)
             raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
@@ -62,6 +66,13 @@ class Recipe:
             if getattr(recipe, name) < 1:
                 raise UserError(f"{name} is {getattr(recipe, name)}, but must be at least 1.")
         return recipe
+
+    def _check_crop(self) -> None:
+        crop = self.crop_height, self.crop_width
+        fits = self.crop_height <= self.height and self.crop_width <= self.width
+        if crop != (0, 0) and not (all(crop) and fits and not any(side % STRIDE for side in crop)):
+            size = f"at most {self.height} x {self.width}"
+            raise UserError(f"crop_height and crop_width are {crop}: both 0, or multiples of {STRIDE}, {size}.")
 
     @property
     def network(self) -> Network:
@@ -81,6 +92,8 @@ def precision(amp: str) -> str:
     """The mixed precision that `amp` means on this machine: "no", "fp16" or "bf16"."""
     if amp not in ("no", "fp16", "bf16", "auto"):
         raise UserError(f'amp is "{amp}". Choose from: no, fp16, bf16, auto.')
+    if amp == "fp16" and not torch.cuda.is_available():
+        raise UserError("amp is fp16, which needs a GPU. Choose auto.")
     if amp != "auto":
         return amp
     if torch.cuda.is_available():

@@ -1,9 +1,9 @@
 """Training of one fold: one readable loop on Accelerate, for a CPU or GPUs, that resumes exactly after a kill."""
 
+import io
 import math
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
 from carvana import dataset, metrics, rle
-from carvana.files import UserError, atomic, fingerprint, progress, write_text
+from carvana.files import UserError, atomic, fingerprint, overlapped, progress, write_text
 from carvana.grid import Grid
 from carvana.losses import loss_named
 from carvana.models import Segmenter, load_encoder, save_checkpoint
@@ -33,6 +33,8 @@ class Fold:
     def __init__(self, recipe: Recipe, pictures: pd.DataFrame, source, folds: pd.DataFrame, fold: int, run_dir: Path):
         """pictures: table of photos.index; source: its pictures and targets, row for row; folds: car, fold."""
         self.recipe, self.pictures, self.source, self.folder = recipe, pictures, source, run_dir / f"fold{fold}"
+        if not 0 <= fold <= folds["fold"].max():
+            raise UserError(f"fold is {fold}, but the run has the folds 0 to {folds['fold'].max()}.")
         fold_of = pictures["car"].map(folds.set_index("car")["fold"])
         self.train_rows = np.flatnonzero((fold_of != fold) & (fold_of >= 0))
         self.valid_rows = np.flatnonzero(fold_of == fold)
@@ -40,7 +42,7 @@ class Fold:
             len(self.train_rows), recipe.batch_size, recipe.accumulate, recipe.epochs, recipe.seed
         )
         self.steps_per_epoch = len(self.keys) // recipe.epochs
-        self.data = fingerprint(pictures[["img", "rle"]].to_numpy().tolist(), folds.to_numpy().tolist(), fold)
+        self.data = fingerprint(source.key, folds.to_numpy().tolist(), fold)
         if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # folds in parallel, one on each GPU
             os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{fold % torch.cuda.device_count()}"
         AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train again with another precision
@@ -79,9 +81,7 @@ class Fold:
 
     def validate(self) -> tuple[float, float]:
         """Mean Dice and mean IoU of the fold's own cars at full size."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            counted = [pool.submit(self._count, row, logits) for row, logits in self._predict()]
-        both, predicted, true = np.array([future.result() for future in counted]).T
+        both, predicted, true = np.array(list(overlapped(self._count, self._predict()))).T
         return float(metrics.dice(both, predicted, true).mean()), float(metrics.iou(both, predicted, true).mean())
 
     def _predict(self):
@@ -110,7 +110,7 @@ class Fold:
         self.history, self.losses = [*self.history, row], []
         state = {name: tensor.cpu() for name, tensor in self.network().state_dict().items()}
         for name in ("last", "best") if dice > best else ("last",):
-            save_checkpoint(self.folder / f"{name}.safetensors", state, self.recipe.network, **row)
+            save_checkpoint(self.folder / f"{name}.safetensors", state, self.recipe.network, amp=self.recipe.amp, **row)
         write_text(self.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
         self.save()
 
@@ -123,8 +123,12 @@ class Fold:
             state |= {"ema": self.ema.module.state_dict()}
         if self.accelerator.scaler:
             state |= {"scaler": self.accelerator.scaler.state_dict()}
+        if self.accelerator.device.type == "cuda":
+            state |= {"cuda_random": torch.cuda.get_rng_state(self.accelerator.device)}
+        buffer = io.BytesIO()  # torch hides the reason of a write that fails
+        torch.save(state, buffer)
         with atomic(self.folder / "state.pt") as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
 
     def _resume(self) -> None:
         path = self.folder / "state.pt"
@@ -138,8 +142,10 @@ class Fold:
         torch.set_rng_state(state["random"].cpu())
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-        if self.accelerator.scaler:
+        if self.accelerator.scaler and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.device.type == "cuda" and "cuda_random" in state:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.accelerator.device)
         for name in ("step", "seconds", "losses", "history"):
             setattr(self, name, state[name])
 
