@@ -25,7 +25,7 @@ def test_cache_is_built_once_and_anew_for_another_size(source, tmp_path):
     assert dataset.cached(source, tmp_path).path.stat().st_mtime_ns == built
     other = dataset.Decoded(source.photos, photos.index(source.photos.path.parent), 64, 96)
     assert dataset.cached(other, tmp_path).path != first
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def training(source, **changes):
