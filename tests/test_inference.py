@@ -65,7 +65,7 @@ def test_members_of_different_sizes_are_blended_as_the_weighted_mean_of_enlarged
     ensemble.dtypes = [None, None]
     each, full, rows = next(inference.batched(ensemble, tests, tests.names[:2], 2, workers=0))
     assert [tuple(logits.shape) for logits in each] == [(2, 2, *SIZES[0]), (2, 2, *SIZES[1])]
-    blended = [logits[0].numpy() for logits in ensemble.blend(each)]
+    blended = [logits[0] for logits in inference.blend(each, ensemble.weights)]
     parts = [
         Grid(*full[0], *size).enlarge(logits[:, 0].mean(0).numpy()) for logits, size in zip(each, SIZES, strict=True)
     ]

@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 
 from carvana import metrics, rle
-from carvana.files import UserError, atomic, fingerprint, progress, sha256
+from carvana.files import UserError, fingerprint, progress, sha256, write_text
 from carvana.folds import HOLDOUT, read_folds
-from carvana.inference import Ensemble, batched, enlarged
+from carvana.inference import Ensemble, batched, blend, enlarged
 from carvana.photos import Archive
 
 
@@ -33,10 +33,10 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
     """
     folds = _same_folds(run_dirs)
     fold_of = pictures["car"].map(folds.set_index("car")["fold"])
-    checkpoints, shared = _checkpoints(run_dirs)
+    found, shared = checkpoints(run_dirs)
     tables = []
     for fold in [*shared, HOLDOUT] if (fold_of == HOLDOUT).any() else shared:
-        members = [found[f] for f in ([fold] if fold != HOLDOUT else shared) for found in checkpoints]
+        members = [of_run[f] for f in ([fold] if fold != HOLDOUT else shared) for of_run in found]
         names = [run_dir.name for run_dir in run_dirs], shared
         table = _score_fold(run_dirs[0], members, names, pictures[fold_of == fold], photos, views, batch_size, fold)
         tables.append(table)
@@ -49,10 +49,10 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
     return scores.sort_values("img", ignore_index=True)
 
 
-def _checkpoints(run_dirs: list[Path]) -> tuple[list[dict[int, Path]], list[int]]:
-    """Every run's best checkpoints, and the folds that all runs have finished."""
-    checkpoints = [finished_folds(run_dir) for run_dir in run_dirs]
-    return checkpoints, sorted(set.intersection(*(set(found) for found in checkpoints)))
+def checkpoints(run_dirs: list[Path]) -> tuple[list[dict[int, Path]], list[int]]:
+    """Every run's best checkpoints by fold, and the folds that all runs have finished."""
+    found = [finished_folds(run_dir) for run_dir in run_dirs]
+    return found, sorted(set.intersection(*(set(of_run) for of_run in found)))
 
 
 def _same_folds(run_dirs: list[Path]) -> pd.DataFrame:
@@ -83,8 +83,7 @@ def _score_fold(run_dir, members, names, pictures, photos, views, batch_size, fo
             bar.update(len(batch))
     table = pd.DataFrame(rows)
     table.insert(3, "fold", fold)
-    with atomic(path) as file:
-        file.write(table.to_csv(index=False).encode())
+    write_text(path, table.to_csv(index=False))
     return table
 
 
@@ -100,13 +99,10 @@ def _variants(
         chosen |= {run: (each[i :: len(runs)], slice(None)) for i, run in enumerate(runs)}
     if fold == HOLDOUT:
         chosen |= {f"fold {f}": (each[i * len(runs) :][: len(runs)], slice(None)) for i, f in enumerate(folds)}
-    return {name: _mean([logits[which] for logits in members]) for name, (members, which) in chosen.items()}
-
-
-def _mean(members: list[torch.Tensor]) -> list[np.ndarray]:
-    sizes = sorted({tuple(logits.shape[2:]) for logits in members})
-    of_size = [[logits.mean(0) for logits in members if tuple(logits.shape[2:]) == size] for size in sizes]
-    return [(torch.stack(group).sum(0) / len(members)).cpu().numpy() for group in of_size]
+    return {
+        name: blend([logits[which] for logits in members], [1 / len(members)] * len(members))
+        for name, (members, which) in chosen.items()
+    }
 
 
 def _score(picture: pd.Series, variants: dict[str, list[np.ndarray]], full: tuple[int, int]) -> dict:
@@ -137,10 +133,9 @@ def gains(scores: pd.DataFrame) -> pd.DataFrame:
 
 def write_results(run_dir: Path, scores: pd.DataFrame, run_dirs: list[Path], views: list[str]) -> Ensemble:
     """Write scores.csv and ensemble.json (every shared fold of every run, equal weights) into `run_dir`."""
-    with atomic(run_dir / "scores.csv") as file:
-        file.write(scores.to_csv(index=False).encode())
-    checkpoints, shared = _checkpoints(run_dirs)
-    paths = [found[fold] for found in checkpoints for fold in shared]
+    write_text(run_dir / "scores.csv", scores.to_csv(index=False))
+    found, shared = checkpoints(run_dirs)
+    paths = [of_run[fold] for of_run in found for fold in shared]
     ensemble = Ensemble(paths, [1 / len(paths)] * len(paths), views)
     ensemble.write(run_dir / "ensemble.json")
     return ensemble

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
+
+# What reading a damaged or wrong archive raises; RuntimeError: a zip with a password.
+BROKEN = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
 
 
 class UserError(Exception):
@@ -115,6 +120,11 @@ def resolve(path: str | Path) -> Path:
 def given(path: str) -> Path | None:
     """`resolve` for a parameter that may be left empty."""
     return resolve(path) if path else None
+
+
+def listed(text: str) -> list[str]:
+    """The names in a parameter such as "none, hflip"."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def write_run(run_dir: Path, parameters: dict, data: str) -> None:

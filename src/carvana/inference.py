@@ -3,7 +3,6 @@
 Members are blended by their logits: an average of logits at network size, enlarged, is the average of enlarged logits.
 """
 
-import io
 import math
 import os
 import time
@@ -19,7 +18,17 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from carvana import rle
-from carvana.files import UserError, atomic, fingerprint, overlapped, progress, read_json, sha256, write_json
+from carvana.files import (
+    UserError,
+    fingerprint,
+    listed,
+    overlapped,
+    progress,
+    read_json,
+    sha256,
+    write_json,
+    write_text,
+)
 from carvana.grid import STRIDE, Grid
 from carvana.models import load_checkpoint
 from carvana.photos import Archive, picture
@@ -85,18 +94,19 @@ class Ensemble:
                 logits.append(torch.stack([view_logits(model, batch, view).float() for view in self.views]))
         return logits
 
-    def blend(self, each: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Weighted mean over members and views: a (B, h, w) sum for every distinct size; their enlarged sum counts."""
-        sums: dict[Size, torch.Tensor] = {}
-        for weight, logits in zip(self.weights, each, strict=True):
-            part = weight * logits.mean(0)
-            sums[part.shape[1:]] = sums[part.shape[1:]] + part if part.shape[1:] in sums else part
-        return list(sums.values())
-
     @property
     def cut(self) -> float:
         """The threshold as a logit."""
         return math.log(self.threshold / (1 - self.threshold))
+
+
+def blend(each: Sequence[torch.Tensor], weights: Sequence[float]) -> list[np.ndarray]:
+    """Weighted mean of members (views, B, h, w): a (B, h, w) sum for every distinct size; their enlarged sum counts."""
+    sums: dict[Size, torch.Tensor] = {}
+    for weight, logits in zip(weights, each, strict=True):
+        part = weight * logits.mean(0)
+        sums[part.shape[1:]] = sums[part.shape[1:]] + part if part.shape[1:] in sums else part
+    return [logits.cpu().numpy() for logits in sums.values()]
 
 
 def view_logits(model: Callable, pictures: torch.Tensor, view: str) -> torch.Tensor:
@@ -128,7 +138,7 @@ def _scale(view: str) -> float:
 
 def views_named(tta: str) -> list[str]:
     """Views of a parameter such as "none,hflip"."""
-    return [view.strip() for view in tta.split(",") if view.strip()] or ["none"]
+    return listed(tta) or ["none"]
 
 
 class Photographs(Dataset):
@@ -216,10 +226,7 @@ def _write_part(ensemble, photos, names, path, key, batch_size, workers, bar) ->
     for result in masked:
         encoded.append(result)
         bar.update()
-    text = io.StringIO()
-    pd.DataFrame({"img": names, "rle_mask": [text for text, _ in encoded]}).to_csv(text, index=False)
-    with atomic(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, pd.DataFrame({"img": names, "rle_mask": [text for text, _ in encoded]}).to_csv(index=False))
     areas = [area for _, area in encoded]
     write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256(path), "names": names, "areas": areas})
 
@@ -227,7 +234,7 @@ def _write_part(ensemble, photos, names, path, key, batch_size, workers, bar) ->
 def _blended(ensemble, photos, names, batch_size, workers) -> Iterator[tuple[list[np.ndarray], Size, float]]:
     """What `_encode` takes for each photograph; the network works on while threads encode what it gave before."""
     for each, full, _ in batched(ensemble, photos, names, batch_size, workers):
-        blended = [logits.cpu().numpy() for logits in ensemble.blend(each)]
+        blended = blend(each, ensemble.weights)
         for i in range(len(full)):
             yield [logits[i] for logits in blended], full[i], ensemble.cut
 

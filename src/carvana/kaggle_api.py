@@ -199,12 +199,16 @@ def _scrub(error: BaseException | str) -> str:
 
 def submitted(submissions_dir: str | Path, file_hash: str) -> dict | None:
     """The ledger's row of a file that was uploaded before and not rejected: sending it again would waste a try."""
-    path = Path(submissions_dir) / "ledger.csv"
-    if not path.exists():
-        return None
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["sha256"] == file_hash and row["status"] != "error"]
-    return rows[-1] if rows else None
+    rows = _ledger_rows(Path(submissions_dir) / "ledger.csv")
+    sent = [row for row in rows if row["sha256"] == file_hash and row["status"] != "error"]
+    return sent[-1] if sent else None
+
+
+def _ledger_rows(ledger: Path) -> list[dict]:
+    if not ledger.is_file():
+        return []
+    with ledger.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def submit(
@@ -306,10 +310,7 @@ def _wait(api: Any, mark: str, row: dict, deadline: float) -> str:
 
 def _record(ledger: Path, row: dict) -> None:
     """Add a row to the ledger, in place of the one with the same ref."""
-    rows = []
-    if ledger.is_file():
-        with ledger.open(newline="") as file:
-            rows = [old for old in csv.DictReader(file) if old.get("ref") != str(row["ref"])]
+    rows = [old for old in _ledger_rows(ledger) if old.get("ref") != str(row["ref"])]
     text = io.StringIO()
     table = csv.DictWriter(text, LEDGER, restval="", extrasaction="ignore", lineterminator="\n")
     table.writeheader()

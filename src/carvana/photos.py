@@ -3,7 +3,6 @@
 import io
 import os
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,8 @@ import simplejpeg
 from PIL import Image
 
 from carvana import rle
-from carvana.files import UserError, nearest, progress
+from carvana.files import BROKEN, UserError, nearest, progress
 from carvana.grid import Grid, pad, resize
-
-BROKEN = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error  # what reading a damaged zip raises
 
 
 class Archive:
@@ -70,28 +67,35 @@ class Archive:
 
 def photographs(data_dir: Path, part: str, hq: bool = False) -> Archive:
     """The JPEGs of `part` ("train" or "test") in a folder or zip of the competition's name."""
-    return _archive(data_dir, f"{part}_hq" if hq else part, ".jpg")
+    return _archive(data_dir, _folder_name(part, hq), ".jpg")
 
 
 def has_photographs(data_dir: Path, part: str, hq: bool = False) -> bool:
     """Whether a folder or zip of photographs is there."""
-    name = f"{part}_hq" if hq else part
-    return (data_dir / name).exists() or (data_dir / f"{name}.zip").exists()
+    return _found(data_dir, _folder_name(part, hq)) is not None
+
+
+def _folder_name(part: str, hq: bool) -> str:
+    return f"{part}_hq" if hq else part
+
+
+def _found(data_dir: Path, name: str) -> Path | None:
+    """The folder `name`, or its zip, whichever is there."""
+    return next((path for path in (data_dir / name, data_dir / f"{name}.zip") if path.exists()), None)
 
 
 def _archive(data_dir: Path, name: str, suffix: str) -> Archive:
     if not data_dir.is_dir():
         raise UserError(f"data_dir {data_dir} does not exist. Run 01_download, or give the folder that holds the data.")
-    for path in (data_dir / name, data_dir / f"{name}.zip"):
-        if path.exists():
-            return Archive(path, suffix)
+    if path := _found(data_dir, name):
+        return Archive(path, suffix)
     raise UserError(f"data_dir {data_dir} holds neither {name}/ nor {name}.zip. Run 01_download, or unpack them there.")
 
 
 def table(data_dir: Path, name: str) -> pd.DataFrame | None:
     """`name`.csv, also from its zip, all columns as text; None where there is none."""
-    paths = (data_dir / f"{name}.csv", data_dir / f"{name}.csv.zip")
-    return next((_read_table(path) for path in paths if path.exists()), None)
+    path = _found(data_dir, f"{name}.csv")
+    return _read_table(path) if path else None
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -221,7 +225,7 @@ def _masks(data_dir: Path, names: list[str], sizes: dict[str, tuple[int, int]]) 
     listed = table(data_dir, "train_masks")
     if listed is not None and not {"img", "rle_mask"} <= set(listed):
         raise UserError(f"data_dir {data_dir}: train_masks.csv must have the columns img, rle_mask. Download it again.")
-    has_gifs = (data_dir / "train_masks").exists() or (data_dir / "train_masks.zip").exists()
+    has_gifs = _found(data_dir, "train_masks") is not None
     if listed is None and not has_gifs:
         raise UserError(f"data_dir {data_dir} holds no train_masks.csv and no train_masks. Run 01_download.")
     gifs = _archive(data_dir, "train_masks", ".gif") if has_gifs else None

@@ -17,7 +17,18 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from carvana.files import UserError, fingerprint, nearest, project_root, read_json, resolve, sha256, stamp, write_json
+from carvana.files import (
+    UserError,
+    fingerprint,
+    listed,
+    nearest,
+    project_root,
+    read_json,
+    resolve,
+    sha256,
+    stamp,
+    write_json,
+)
 
 NAMES = ("01_download", "02_explore", "03_train", "04_evaluate", "05_predict", "06_submit")
 
@@ -118,8 +129,7 @@ def steps(values: dict) -> Iterator[Step]:
     filled = {name: parameter.default for name, parameter in known.items()} | values
     data, run = resolve(filled["data_dir"]), resolve(filled["runs_dir"]) / filled["run_name"]
     submission = resolve(filled["submissions_dir"]) / f"{filled['run_name']}.csv.gz"
-    names = [name.strip() for name in filled["members"].split(",") if name.strip()]
-    members = [run.parent / name for name in names] or [run]
+    members = [run.parent / name for name in listed(filled["members"])] or [run]
     folds = range(filled["n_folds"])
     checkpoints = [member / f"fold{fold}" / "best.safetensors" for member in members for fold in folds]
     sources = [data, data / "train", data / "train_hq", data / "train_masks"]

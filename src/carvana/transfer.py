@@ -6,8 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from carvana import submission
-from carvana.files import UserError, nearest, need_space, read_json, sha256, stamp, write_json
+from carvana.files import BROKEN, UserError, nearest, need_space, read_json, sha256, stamp, write_json
 from carvana.kaggle_api import COMPETITION, ask, client
 
 TABLES = ("train_masks.zip", "train_masks.csv.zip", "metadata.csv.zip", "sample_submission.csv.zip")
@@ -54,7 +53,7 @@ def _listed(name: str, sizes: dict[str, int]) -> str:
     for known in (name, f"{name}.zip", name.removesuffix(".zip")):
         if known in sizes:
             return known
-    raise UserError(f"{name} is no file of the competition{nearest(name, sizes)}. It has {', '.join(sizes)}.")
+    raise UserError(f"{name} is no file of the competition{nearest(name, sizes)} It has {', '.join(sizes)}.")
 
 
 def _manifest(data_dir: Path) -> dict[str, dict]:
@@ -79,7 +78,7 @@ def _fault(path: Path, size: int) -> str:
             with zipfile.ZipFile(path) as archive:
                 sizes.append(sum(member.file_size for member in archive.infolist()))
                 broken = archive.testzip()
-    except submission.BROKEN as error:
+    except BROKEN as error:
         broken = str(error)
     if broken:
         return f"is broken: {broken}"
