@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from segmentation_models_pytorch import losses as smp
+from torch.nn.functional import max_pool2d
 
 from carvana.files import UserError, nearest
 
@@ -18,10 +19,22 @@ def _lovasz() -> Callable:
     return lambda logits, target: loss(logits, (target > 0.5).float())  # defined for hard masks only
 
 
+def _boundary() -> Callable:
+    bce, dice = smp.SoftBCEWithLogitsLoss(reduction="none"), smp.DiceLoss("binary")
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        near = max_pool2d(target, 7, 1, 3) + max_pool2d(-target, 7, 1, 3)  # 1 within 3 pixels of an edge, else 0
+        weight = 1 + 4 * near
+        return (weight * bce(logits, target)).mean() + dice(logits, target)
+
+    return loss
+
+
 LOSSES = {
     "dice": lambda: smp.DiceLoss("binary"),
     "bce": smp.SoftBCEWithLogitsLoss,
     "bce_dice": _bce_dice,
+    "boundary": _boundary,
     "lovasz": _lovasz,
     "focal": lambda: smp.FocalLoss("binary"),
     "tversky": lambda: smp.TverskyLoss("binary"),

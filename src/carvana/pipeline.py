@@ -158,7 +158,7 @@ def run(profile: str | Path, overrides: dict[str, str] | None = None) -> list[st
     known = parameters()
     run_name, runs_dir = (values.get(name, known[name].default) for name in ("run_name", "runs_dir"))
     folder = resolve(runs_dir) / run_name
-    _tame_allocator()
+    tame_allocator()
     for _, group in itertools.groupby(steps(values), key=lambda step: step.name):
         _run_group(list(group), folder)
     return results(folder)
@@ -240,7 +240,7 @@ def results(folder: Path) -> list[str]:
     return [*lines, f"true Dice {found['true_dice']:.6f}"] if "true_dice" in found else lines
 
 
-def _tame_allocator() -> None:
+def tame_allocator() -> None:
     """Keep freed memory in the process: glibc otherwise returns and faults in every large tensor again.
 
     Training on a CPU is 1.16 (bf16) to 1.3 times (float32) faster. Set before the kernels start; others ignore it.

@@ -25,6 +25,7 @@ class Recipe:
     height: int
     width: int
     epochs: int
+    half_size: float
     batch_size: int
     accumulate: int
     lr: float
@@ -56,6 +57,7 @@ class Recipe:
         loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
+        recipe._check_half_size()
         if recipe.schedule not in SCHEDULES:
             hint = nearest(recipe.schedule, SCHEDULES)
             raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
@@ -73,6 +75,13 @@ class Recipe:
         if crop != (0, 0) and not (all(crop) and fits and not any(side % STRIDE for side in crop)):
             size = f"at most {self.height} x {self.width}"
             raise UserError(f"crop_height and crop_width are {crop}: both 0, or multiples of {STRIDE}, {size}.")
+
+    def _check_half_size(self) -> None:
+        sides = self.crop_height or self.height, self.crop_width or self.width
+        if not 0 <= self.half_size <= 1:
+            raise UserError(f"half_size is {self.half_size}, but must be a share of the training, from 0 to 1.")
+        if self.half_size and any(side % (2 * STRIDE) for side in sides):
+            raise UserError(f"half_size needs a height and width that are multiples of {2 * STRIDE}, not {sides}.")
 
     @property
     def network(self) -> Network:

@@ -195,8 +195,10 @@ def _train(fold: Fold, max_hours: float, workers: int) -> None:
         for group in fold.optimizer.param_groups:
             group["lr"] = fold.lr()
         with accelerator.accumulate(fold.model):
-            logits = fold.model(pictures.to(device, non_blocking=True))
-            loss = loss_of(logits, targets.to(device, non_blocking=True).float() / 255)
+            pictures, targets = pictures.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            if fold.step < recipe.half_size * len(fold.keys):
+                pictures, targets = dataset.halved(pictures, targets)
+            loss = loss_of(fold.model(pictures), targets.float() / 255)
             accelerator.backward(loss)
             if recipe.clip_norm and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(fold.model.parameters(), recipe.clip_norm)

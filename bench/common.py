@@ -1,0 +1,43 @@
+"""What every measurement needs: the machine in words, an allocator that is not in the way, and a result file."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def tame_allocator() -> None:
+    """Start this program again with the allocator settings that `carvana run` gives to its notebooks."""
+    from carvana.pipeline import tame_allocator
+
+    if "MALLOC_TOP_PAD_" not in os.environ:
+        tame_allocator()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def machine() -> str:
+    """Processor or GPU, cores and torch, in one line."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    flags = next((line.split(":")[1].split() for line in _cpuinfo() if line.startswith("flags")), [])
+    has = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{model}, {os.cpu_count()} cores, {' '.join(has) or 'no bf16'}, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write(name: str, found: dict) -> None:
+    """Write bench/results/NAME.json, with the machine and the command."""
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(["python", *sys.argv])
+    text = json.dumps({"machine": machine(), "command": command} | found, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -1,0 +1,120 @@
+"""Arms of the recipe at equal cost: what each change does to the Dice of unseen cars, with its paired interval.
+
+Every arm trains fold 0 of 2 for the time that `--steps` steps of the first arm take. That time is counted in steps,
+through the arms' costs of a step measured side by side in the same run, so a busy machine does not change a result.
+
+python bench/recipe.py --data ../carvana512 --encoder-weights lite0.safetensors --steps 285 base half
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from common import RESULTS, machine, tame_allocator
+
+from carvana import dataset, folds, metrics, photos, training
+from carvana.files import overlapped
+from carvana.losses import loss_named
+from carvana.models import Segmenter
+from carvana.pipeline import load_profile, parameters
+from carvana.recipe import Recipe
+
+ARMS = {
+    "base": {},
+    "half": {"half_size": 0.75},
+    "large": {"half_size": 0.75, "height": 512, "width": 512},
+    "boundary": {"half_size": 0.75, "loss": "boundary"},
+    "batch4": {"half_size": 0.75, "batch_size": 4},
+    "lr4": {"half_size": 0.75, "lr": 4e-3},
+    "wide": {"half_size": 0.75, "decoder_channels": ""},
+    "affine": {"half_size": 0.75, "scale": 0.1, "shift": 0.05},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder-weights", required=True)
+    parser.add_argument("--steps", type=int, default=285)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
+    parser.add_argument("arms", nargs="+", choices=ARMS)
+    given = parser.parse_args()
+    tame_allocator()
+    recipes = {name: recipe(given.encoder_weights, ARMS[name]) for name in given.arms}
+    costs = step_costs(recipes)
+    print(pd.Series(costs).round(3).to_string(), flush=True)
+    for name, chosen in recipes.items():
+        steps = round(given.steps * costs[given.arms[0]] / costs[name])
+        found = {"machine": machine(), "cost": costs[name] / costs[given.arms[0]], "steps": steps}
+        found |= train(chosen, given.data, given.folder / name, steps) | {"recipe": asdict(chosen)}
+        RESULTS.mkdir(exist_ok=True)
+        path = given.folder / f"{name}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{name}: {steps} steps, Dice {np.mean(found['dice']):.6f}", flush=True)
+
+
+def recipe(weights: str, changes: dict) -> Recipe:
+    values = {name: parameter.default for name, parameter in parameters().items()}
+    values |= load_profile("profiles/cpu.yaml") | {"encoder_weights": weights, "epochs": 100, "half_size": 0.0}
+    return Recipe.of(values | changes)
+
+
+def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
+    """Seconds of an arm's middle step, small ones counted by their share; the arms take turns."""
+    steps = {}
+    for name, chosen in recipes.items():
+        sizes = [(1.0 - chosen.half_size, 1), (chosen.half_size, 2)] if chosen.half_size else [(1.0, 1)]
+        steps |= {(name, share, k): stepper(chosen, k) for share, k in sizes}
+    seconds = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            began = time.perf_counter()
+            step()
+            seconds[key].append(time.perf_counter() - began)
+    return {name: sum(key[1] * np.median(s[1:]) for key, s in seconds.items() if key[0] == name) for name in recipes}
+
+
+def stepper(chosen: Recipe, k: int):
+    model, loss_of = Segmenter(chosen.network).train(), loss_named(chosen.loss)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    pictures = torch.zeros(chosen.batch_size, chosen.height // k, chosen.width // k, 3, dtype=torch.uint8)
+    targets = torch.rand(pictures.shape[:3])
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pictures)
+        loss_of(logits, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def train(chosen: Recipe, data: Path, folder: Path, steps: int) -> dict:
+    """Train fold 0 for `steps` steps and score half the views of its unseen cars, by the average and the raw weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pictures = photos.index(data, False, None)
+    fold_of_car = folds.folds_of_run(folder, pictures, 2, 0, 1)
+    decoded = dataset.Decoded(photos.photographs(data, "train", False), pictures, chosen.height, chosen.width)
+    source = dataset.cached(decoded, folder.parent / "cache")
+    fold = training.Fold(chosen, pictures, source, fold_of_car, 0, folder)
+    fold.keys, fold.valid_rows = fold.keys[:steps], fold.valid_rows[::2]
+    fold.history = [{"dice": 0.0}]  # not the untrained network: its score costs half a minute
+    began = time.monotonic()
+    training.train(fold)
+    seconds = time.monotonic() - began
+    scored = pictures.iloc[fold.valid_rows]
+    dice = metrics.dice(*np.array(list(overlapped(fold._count, fold._predict()))).T)
+    fold.ema = None
+    raw = fold.validate()[0]
+    return {"seconds": seconds, "cars": scored["car"].tolist(), "dice": dice.tolist(), "raw_dice": raw}
+
+
+if __name__ == "__main__":
+    main()
