@@ -24,15 +24,12 @@ def machine() -> str:
     """Processor or GPU, cores and torch, in one line."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    flags = next((line.split(":")[1].split() for line in _cpuinfo() if line.startswith("flags")), [])
-    has = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{model}, {os.cpu_count()} cores, {' '.join(has) or 'no bf16'}, torch {torch.__version__}"
-
-
-def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line)
+    has = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    name = facts.get("model name", platform.machine())
+    return f"{name}, {os.cpu_count()} cores, {' '.join(has) or 'no bf16'}, torch {torch.__version__}"
 
 
 def write(name: str, found: dict) -> None:

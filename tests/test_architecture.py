@@ -20,6 +20,7 @@ ORDER = [
     "dataset",
     "models",
     "recipe",
+    "state",
     "training",
     "inference",
     "evaluation",

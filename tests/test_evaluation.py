@@ -95,6 +95,25 @@ def test_ensemble_json_names_every_fold_of_every_run(runs, scores):
     assert len(pd.read_csv(runs[0] / "scores.csv")) == len(scores)
 
 
+def test_compared_runs_stand_best_first_with_the_paired_difference(tmp_path):
+    for run, dice in (("a", [0.90, 0.92]), ("b", [0.91, 0.95]), ("c", [0.80, 0.99, 0.5])):
+        table = pd.DataFrame({"img": ["1_01", "2_01", "3_01"][: len(dice)], "car": "1", "dice": dice})
+        (tmp_path / run / "fold0").mkdir(parents=True)
+        table.to_csv(tmp_path / run / "scores.csv", index=False)
+        pd.DataFrame({"seconds": [30.0, 90.0]}).to_csv(tmp_path / run / "fold0" / "history.csv", index=False)
+    found = evaluation.compare([tmp_path / run for run in "abc"])
+    assert found["run"].tolist() == ["b", "a", "c"]
+    assert found["dice"].tolist() == pytest.approx([0.93, 0.91, 0.895])
+    assert found["behind"].tolist() == pytest.approx([0, 0.02, 0.035])
+    assert found["pictures"].tolist() == [2, 2, 2]
+    assert found["minutes"].tolist() == [1.5, 1.5, 1.5]
+
+
+def test_a_run_that_is_not_scored_cannot_be_compared(tmp_path):
+    with pytest.raises(UserError, match=r"scores.csv does not exist. Score the run with 04_evaluate first"):
+        evaluation.compare([tmp_path])
+
+
 def test_runs_with_other_folds_are_not_blended(shared_competition, runs, tmp_path):
     other = tmp_path / "other"
     pictures = photos.index(shared_competition)

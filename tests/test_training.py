@@ -1,3 +1,4 @@
+import json
 import math
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from conftest import RECIPE, recipe
 from safetensors.torch import load_file
 
 from carvana import dataset, folds, photos, training
-from carvana.files import UserError
+from carvana.files import UserError, read_json, write_run
 from carvana.recipe import Recipe, learning_rate
+from carvana.state import _stalls
 
 
 def fold_of(data, run_dir, number=0, **changes):
@@ -138,6 +140,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(shared_c
     {"optimizer": "lamb", "schedule": "plateau", "loss": "lovasz", "ema": 0.0},
     {"optimizer": "adam", "schedule": "constant", "loss": "focal", "accumulate": 2, "clip_norm": 0.0},
     {"amp": "bf16", "loss": "tversky", "crop_height": 64, "crop_width": 96},
+    {"half_size": 0.5, "height": 64, "loss": "boundary", "ema": 0.0},
     {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32, "epochs": 1},
 ])  # fmt: skip
 def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
@@ -154,6 +157,8 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
     ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
     ("height", 100, "height is 100, but must be a multiple of 32"),
     ("encoder_weights", "none.pth", "none.pth does not exist"),
+    ("half_size", 1.5, "half_size is 1.5, but must be a share of the training"),
+    ("half_size", 0.5, r"half_size needs a height and width that are multiples of 64, not \(96, 128\)"),
     ("crop_height", 64, r"crop_height and crop_width are \(64, 0\)"),
     ("lr", "fast", "lr is 'fast', but must be float"),
 ])  # fmt: skip
@@ -173,9 +178,65 @@ def test_learning_rates_rise_and_fall_as_their_schedules_say():
 
 
 def test_a_plateau_of_two_validations_halves_the_rate():
-    assert training._stalls([0.1, 0.2, 0.3]) == 0
-    assert training._stalls([0.3, 0.2, 0.1]) == 1
-    assert training._stalls([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
+    assert _stalls([0.1, 0.2, 0.3]) == 0
+    assert _stalls([0.3, 0.2, 0.1]) == 1
+    assert _stalls([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
+
+
+SHARED = """
+    import sys
+    import torch
+    from carvana import models, training
+    def without_batch_statistics(network):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 1))
+    models._build = without_batch_statistics
+    sys.exit(training.main(sys.argv[1:]))
+"""
+
+
+def begun(data, run_dir, **changes) -> Path:
+    """A run as 03_train leaves it before its first step."""
+    chosen = recipe(optimizer="sgd", loss="bce", ema=0.0, epochs=2, clip_norm=0.0, weight_decay=0.0, **changes)
+    folds.folds_of_run(run_dir, photos.index(data), 2, 0, 1)
+    write_run(run_dir, vars(chosen) | {"data_dir": str(data), "hq": False, "exclude": ""}, "key")
+    return run_dir
+
+
+def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(textwrap.dedent(SHARED))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    for run, batch_size, options in (("one", 4, []), ("two", 2, ["-m", *launch])):
+        run_dir = begun(shared_competition, tmp_path / run, batch_size=batch_size)
+        command = [sys.executable, *options, str(script), str(run_dir), "0"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    one, two = (load_file(tmp_path / run / "fold0" / "last.safetensors") for run in ("one", "two"))
+    start = torch.load(tmp_path / "one" / "fold0" / "state.pt", weights_only=True)
+    assert start["step"] == 4
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+    histories = [pd.read_csv(tmp_path / run / "fold0" / "history.csv") for run in ("one", "two")]
+    for column in ("step", "pictures", "dice", "iou"):
+        np.testing.assert_allclose(histories[0][column], histories[1][column], atol=1e-6)
+
+
+def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(shared_competition, tmp_path):
+    run_dir = begun(shared_competition, tmp_path, batch_size=2)
+    chosen, pictures = Recipe.of(read_json(run_dir / "run.json")["parameters"]), photos.index(shared_competition)
+    source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, chosen.height, chosen.width)
+    dealt = folds.read_folds(run_dir)
+    state = training.Fold(chosen, pictures, source, dealt, 0, run_dir, processes=2)
+    (run_dir / "run.json").write_text(
+        json.dumps({"parameters": vars(chosen) | {"data_dir": "nowhere", "hq": False, "exclude": ""}})
+    )
+    with pytest.raises(UserError, match="nowhere"):
+        training.train(state)
+    begun(shared_competition, tmp_path, batch_size=2)
+    history = training.train(state)
+    assert state.finished
+    assert history["pictures"].tolist() == [0, 8, 16]
 
 
 @pytest.mark.parametrize("number", [-1, 2])

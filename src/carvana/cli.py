@@ -54,6 +54,14 @@ def _download(options: argparse.Namespace) -> None:
     transfer.download(options.data_dir, options.files, options.hq)
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from carvana import evaluation
+    from carvana.files import resolve
+
+    runs = [resolve(options.runs_dir) / run for run in options.runs]
+    print(evaluation.compare(runs).to_string(index=False, float_format="{:.6f}".format))
+
+
 def _validate(options: argparse.Namespace) -> int:
     from carvana import submission
 
@@ -102,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("--data-dir", type=Path, default=Path("data/carvana"))
     download.add_argument("--files", nargs="+", help="names on Kaggle; default: what training and prediction need")
     download.add_argument("--hq", action="store_true", help="the _hq photographs instead of the usual ones")
+
+    compare = _command(commands, "compare", _compare, "compare the out-of-fold Dice of runs, picture by picture")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
 
     validate = _command(commands, "validate", _validate, "check a submission file")
     validate.add_argument("file", type=Path)

@@ -132,7 +132,7 @@ def batches(n: int, batch_size: int, accumulate: int, epochs: int, seed: int) ->
 
 
 def halved(pictures: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of 2 x 2 pixels: (B, h, w, 3) and (B, h, w) uint8 -> uint8 of half the height and width, on their device."""
+    """Means of 2 x 2 pixels: (B, h, w, 3) and (B, h, w) uint8 -> uint8 of half their height and width."""
     stacked = torch.cat([pictures, targets.unsqueeze(-1)], -1).permute(0, 3, 1, 2)
     small = avg_pool2d(stacked.float(), 2).round().to(torch.uint8).permute(0, 2, 3, 1)
     return small[..., :3], small[..., 3]

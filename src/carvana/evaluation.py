@@ -131,6 +131,35 @@ def gains(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "pictures"])
 
 
+def compare(run_dirs: list[Path]) -> pd.DataFrame:
+    """Runs side by side on the pictures that all of them have scored, best first.
+
+    Columns: run, dice with its 95 % interval (low, high), what the best run has more (behind) with the paired interval
+    (least, most), pictures, and the minutes that its own folds were trained. UserError for a run without scores.csv.
+    """
+    tables = {run_dir: _scored(run_dir) for run_dir in run_dirs}
+    common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    if not common:
+        raise UserError(f"{' and '.join(str(run_dir) for run_dir in run_dirs)} have scored no picture in common.")
+    tables = {run_dir: table.loc[common] for run_dir, table in tables.items()}
+    best = max(tables.values(), key=lambda table: table["dice"].mean())
+    rows = []
+    for run_dir, table in tables.items():
+        mean, low, high = metrics.mean_over_cars(table["dice"], table["car"])
+        behind, least, most = metrics.mean_over_cars(best["dice"] - table["dice"], table["car"])
+        minutes = sum(pd.read_csv(path)["seconds"].max() for path in run_dir.glob("fold*/history.csv")) / 60
+        rows.append((run_dir.name, mean, low, high, behind, least, most, len(common), minutes))
+    columns = ["run", "dice", "low", "high", "behind", "least", "most", "pictures", "minutes"]
+    return pd.DataFrame(rows, columns=columns).sort_values("behind", ignore_index=True)
+
+
+def _scored(run_dir: Path) -> pd.DataFrame:
+    path = run_dir / "scores.csv"
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Score the run with 04_evaluate first.")
+    return pd.read_csv(path, usecols=["img", "car", "dice"], dtype={"car": str}).set_index("img")
+
+
 def write_results(run_dir: Path, scores: pd.DataFrame, run_dirs: list[Path], views: list[str]) -> Ensemble:
     """Write scores.csv and ensemble.json (every shared fold of every run, equal weights) into `run_dir`."""
     write_text(run_dir / "scores.csv", scores.to_csv(index=False))

@@ -182,7 +182,7 @@ def _run_group(group: list[Step], folder: Path) -> None:
                 done[step.title] = {"key": keys[step.title], "seconds": round(seconds, 1)}
                 write_json(note, done)
 
-    gpus = _gpus() if len(todo) > 1 else 1
+    gpus = _gpus() if len(todo) > 1 and todo[0].values.get("processes", 1) == 1 else 1
     if gpus == 1:  # in the main thread, where an interruption reaches the notebook
         finish(todo)
         return

@@ -1,0 +1,109 @@
+"""Pictures a second of the training loader against the usual one, in one run, one process each.
+
+Usual: PIL decodes the whole JPEG and resizes it, PIL reads the GIF, both become float64 arrays in NCHW, a random flip.
+Ours: the package's loader with the same flip, from the cache and without it, up to the same normalised float batch.
+
+python bench/loader.py [--data FOLDER]        (default: a demo competition of full-size photographs, made on the fly)
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import machine, write
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from carvana import dataset, demo, photos
+
+SIZES = [(320, 480), (640, 960)]
+BATCH_SIZE, ROUNDS = 8, 6
+
+
+class Usual(Dataset):
+    def __init__(self, folder: Path, names: list[str], height: int, width: int):
+        self.folder, self.names, self.size = folder, names, (width, height)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        name = self.names[i]
+        image = Image.open(self.folder / "train" / name).convert("RGB").resize(self.size, Image.Resampling.BICUBIC)
+        mask = Image.open(self.folder / "train_masks" / f"{name[:-4]}_mask.gif").resize(
+            self.size, Image.Resampling.NEAREST
+        )
+        image = (np.asarray(image) / 255.0 - 0.5) / 0.5
+        mask = (np.asarray(mask) > 0).astype(float)
+        if np.random.rand() < 0.5:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), np.ascontiguousarray(mask)[None]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def ours(source, n: int) -> DataLoader:
+    flip = dataset.augmentation(0.5, 0, 0, 0, 0, 0, 0, 0)
+    pictures = dataset.TrainingPictures(source, np.arange(n), flip, seed=1)
+    return DataLoader(pictures, batch_sampler=dataset.batches(n, BATCH_SIZE, 1, 1, 1))
+
+
+def normalised(pictures: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network and the loss do with a batch of bytes, on the device."""
+    return pictures.permute(0, 3, 1, 2).float().sub_(127.5).mul_(1 / 127.5), targets.float() / 255
+
+
+def usual_floats(pictures: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pictures.float(), targets.float()
+
+
+def seconds(loader: DataLoader, finish) -> float:
+    began, seen = time.perf_counter(), 0
+    for pictures, targets, *_ in loader:
+        finish(pictures, targets)
+        seen += len(pictures)
+    return (time.perf_counter() - began) / seen
+
+
+def measure(data: Path, height: int, width: int, cache: Path) -> dict:
+    pictures = photos.index(data).head(8 * BATCH_SIZE)
+    decoded = dataset.Decoded(photos.photographs(data, "train"), pictures, height, width)
+    n = len(pictures)
+    loaders = {
+        "usual": (DataLoader(Usual(data, pictures["img"].tolist(), height, width), BATCH_SIZE), usual_floats),
+        "uncached": (ours(decoded, n), normalised),
+        "cached": (ours(dataset.cached(decoded, cache), n), normalised),
+    }
+    times = {name: [] for name in loaders}
+    for _ in range(ROUNDS + 1):
+        for name, (loader, finish) in loaders.items():
+            times[name].append(seconds(loader, finish))
+    times = {name: np.array(found[1:]) for name, found in times.items()}  # the first round fills the page cache
+    found = {f"{name}_per_s": round(float(np.median(1 / t)), 1) for name, t in times.items()}
+    for name in ("cached", "uncached"):
+        ratios = times["usual"] / times[name]
+        found[f"ratio_{name}"] = round(float(np.median(ratios)), 2)
+        found[f"ratio_{name}_spread"] = [round(float(value), 2) for value in (ratios.min(), ratios.max())]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path)
+    data = parser.parse_args().data
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if data is None:
+            data = Path(folder) / "demo"
+            demo.write_competition(data, 4, 1, 1)
+        found = {f"{h}x{w}": measure(data, h, w, Path(folder)) for h, w in SIZES}
+    for size, row in found.items():
+        print(size, row)
+    worst = {name: min(row[name] for row in found.values()) for name in ("ratio_cached", "ratio_uncached")}
+    print(machine(), worst)
+    write("loader", worst | {"sizes": found, "rounds": ROUNDS, "threads": 1})
+
+
+if __name__ == "__main__":
+    main()
