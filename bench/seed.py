@@ -110,8 +110,9 @@ def page(rows: list[tuple], options: argparse.Namespace) -> str:
     return f"""# The original write-up, and its options
 
 Classic U-Net, Adam 1e-4, Dice loss, batch 4, {options.epochs} epochs at {options.height}x{options.width},
-{cars} cars in two folds, the first trained; scored on its unseen cars at the photographs' own size. The write-up: mean IoU 0.20
-untrained, 0.99 trained, 25 hours on an RTX 4090 with 512x512 and all pictures. Each further row changes what it names.
+{cars} cars in two folds, the first trained; scored on its unseen cars at the photographs' own size. The write-up: mean
+IoU 0.20 untrained, 0.99 trained, 25 hours on an RTX 4090 with 512x512 and all pictures. Each further row changes what
+it names.
 
 Machine: {machine()}. Command: `python bench/seed.py --data FOLDER --height {options.height} --width {options.width}
 --cars {options.cars} --epochs {options.epochs}`. One run each, so small differences say nothing.
