@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -98,3 +100,38 @@ def test_a_broken_checkpoint_is_named(tmp_path):
     (tmp_path / "best.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"best.safetensors cannot be read"):
         models.load_checkpoint(tmp_path / "best.safetensors")
+
+
+@pytest.mark.parametrize(("encoder", "page"), [
+    ("resnet34", "huggingface.co/smp-hub/resnet34.imagenet/tree/main"),
+    ("tu-tf_efficientnet_lite0", "huggingface.co/timm/tf_efficientnet_lite0.in1k/tree/main"),
+])  # fmt: skip
+def test_encoder_weights_without_a_network_are_an_error_that_says_where_they_are(monkeypatch, encoder, page):
+    def refuse(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(models.smp.encoders, "get_encoder", refuse)
+    model = models.Segmenter(models.Network("unet", encoder, "16,8,8,8,8", 64, 96))
+    with pytest.raises(UserError, match=rf"ConnectionError\). Save model.safetensors from https://{page} elsewhere"):
+        models.load_encoder(model, "imagenet")
+
+
+def test_depthwise_convolutions_learn_in_float32_and_every_other_layer_in_half():
+    model = models.Segmenter(models.Network("unet", "tu-tf_efficientnet_lite0", "16,8,8,8,8", 64, 64))
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1)
+    x = torch.randn(1, layer.in_channels, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = layer(x.bfloat16())
+        assert model.train()(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).dtype == torch.bfloat16
+    exact = torch.nn.functional.conv2d(x.bfloat16().float(), layer.weight, padding=layer.padding, groups=layer.groups)
+    assert torch.equal(learning, exact.bfloat16())
+
+
+def test_a_copy_of_a_network_computes_with_its_own_weights():
+    model = models.Segmenter(models.Network("unet", "tu-tf_efficientnet_lite0", "16,8,8,8,8", 64, 64)).eval()
+    other, pictures = copy.deepcopy(model), torch.full((1, 64, 64, 3), 200, dtype=torch.uint8)
+    before = model(pictures)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    assert torch.equal(model(pictures), before)
+    assert not torch.equal(other(pictures), before)

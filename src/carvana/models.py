@@ -166,10 +166,16 @@ def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
     try:
         return smp.encoders.get_encoder(encoder, weights="imagenet").state_dict()
     except Exception as error:  # each hub client has its own family of network errors
-        raise UserError(
-            f'encoder_weights "imagenet" of {encoder} could not be fetched ({type(error).__name__}). '
-            'Fetch them on a machine with a network and give the file\'s path, or set it to "".'
-        ) from error
+        page = f"https://huggingface.co/{_repository(encoder)}/tree/main"
+        reason = f'encoder_weights "imagenet" of {encoder} could not be fetched ({type(error).__name__})'
+        raise UserError(f"{reason}. Save model.safetensors from {page} elsewhere and give its path.") from error
+
+
+def _repository(encoder: str) -> str:
+    """Where the hub keeps an encoder's ImageNet weights."""
+    if encoder.startswith("tu-"):
+        return timm.get_pretrained_cfg(encoder.removeprefix("tu-")).hf_hub_id
+    return smp.encoders.encoders[encoder]["pretrained_settings"]["imagenet"]["repo_id"]
 
 
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: Network, **facts) -> None:
