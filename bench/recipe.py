@@ -29,11 +29,11 @@ ARMS = {
     "base": {},
     "half": {"half_size": 0.75},
     "large": {"half_size": 0.75, "height": 512, "width": 512},
-    "boundary": {"half_size": 0.75, "loss": "boundary"},
-    "batch4": {"half_size": 0.75, "batch_size": 4},
-    "lr4": {"half_size": 0.75, "lr": 4e-3},
-    "wide": {"half_size": 0.75, "decoder_channels": ""},
-    "affine": {"half_size": 0.75, "scale": 0.1, "shift": 0.05},
+    "batch4": {"batch_size": 4},
+    "boundary": {"batch_size": 4, "loss": "boundary"},
+    "plain": {"batch_size": 4, "brightness": 0.0, "contrast": 0.0},
+    "lr4": {"batch_size": 4, "lr": 4e-3},
+    "wide": {"batch_size": 4, "decoder_channels": ""},
 }
 
 

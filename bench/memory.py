@@ -1,0 +1,75 @@
+"""Memory of a training step: network x size x batch, each measured in a process of its own; prints a Markdown table.
+
+On a GPU the most that torch held there; on a CPU the most that the process held, the libraries' 0.6 GB included.
+
+python bench/memory.py --most-gb 20
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import machine
+from train import ours
+
+from carvana.pipeline import parameters
+from carvana.recipe import Recipe
+
+NETWORKS = {
+    "lite0, slim decoder": {"encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8"},
+    "resnet34": {"encoder": "resnet34"},
+    "classic_unet": {"arch": "classic_unet", "encoder": ""},
+}
+SIZES, BATCHES = [(320, 480), (512, 512), (640, 960)], (4, 8, 16)
+
+
+def measure(network: str, height: int, width: int, batch_size: int) -> None:
+    values = {name: parameter.default for name, parameter in parameters().items()}
+    size = {"height": height, "width": width, "batch_size": batch_size, "encoder_weights": ""}
+    chosen = Recipe.of(values | size | NETWORKS[network])
+    batch = torch.zeros(batch_size, height, width, 3, dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        step = ours(chosen, Path(folder))
+        for _ in range(2):
+            step(batch, batch[..., 0].clone())
+    on_gpu = torch.cuda.is_available()
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print((torch.cuda.max_memory_allocated() if on_gpu else held) / 1e9)
+
+
+def cell(network: str, size: tuple[int, int], batch_size: int, expected: float, most: float) -> float | None:
+    """GB, or None for what `expected` says does not fit."""
+    if expected > most:
+        return None
+    command = [sys.executable, __file__, "--measure", network, *map(str, size), str(batch_size)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--most-gb", type=float, default=20.0, help="do not try what would take more")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(options.measure[0], *map(int, options.measure[1:]))
+    print(f"{machine()}\n\n| network | size | " + " | ".join(f"batch {b}" for b in BATCHES) + " |")
+    print("|---|---|" + "---|" * len(BATCHES))
+    for network in NETWORKS:
+        a_pixel = 0.0
+        for height, width in SIZES:
+            cells = []
+            for batch_size in BATCHES:
+                pixels = height * width * batch_size
+                found = cell(network, (height, width), batch_size, 0.7 + a_pixel * pixels, options.most_gb)
+                a_pixel = (found - 0.7) / pixels if found else a_pixel
+                cells.append(f"{found:.1f} GB" if found else f"over {options.most_gb:.0f} GB, not tried")
+            print(f"| {network} | {height}x{width} | {' | '.join(cells)} |", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
