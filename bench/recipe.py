@@ -16,24 +16,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import machine, tame_allocator
+from common import RESULTS, machine, tame_allocator
+from timm.optim import create_optimizer_v2
 
 from carvana import dataset, folds, metrics, photos, training
-from carvana.files import overlapped
+from carvana.files import overlapped, write_text
 from carvana.losses import loss_named
 from carvana.models import Segmenter
 from carvana.pipeline import load_profile, parameters
 from carvana.recipe import Recipe
 
+# name: (the arm that it is compared with, what is changed, the recipe's changes)
 ARMS = {
-    "base": {},
-    "half": {"half_size": 0.75},
-    "large": {"half_size": 0.75, "height": 512, "width": 512},
-    "batch4": {"batch_size": 4},
-    "boundary": {"batch_size": 4, "loss": "boundary"},
-    "plain": {"batch_size": 4, "brightness": 0.0, "contrast": 0.0},
-    "lr4": {"batch_size": 4, "lr": 4e-3},
-    "wide": {"batch_size": 4, "decoder_channels": ""},
+    "base": ("", "profiles/cpu.yaml with batch 8 and lr 0.002", {}),
+    "half": ("base", "three quarters of the steps at half size", {"half_size": 0.75}),
+    "large": ("half", "512x512 after 256x256", {"half_size": 0.75, "height": 512, "width": 512}),
+    "batch4": ("base", "batch 4", {"batch_size": 4}),
+    "boundary": ("batch4", "BCE 5 times as heavy within 3 pixels of the edge", {"batch_size": 4, "loss": "boundary"}),
+    "plain": ("batch4", "no change of brightness and contrast", {"batch_size": 4, "brightness": 0.0, "contrast": 0.0}),
+    "lr4": ("batch4", "lr 0.004", {"batch_size": 4, "lr": 4e-3}),
+    "muon": ("batch4", "Muon in the place of AdamW", {"batch_size": 4, "optimizer": "nmuon"}),
+    "wide": ("batch4", "decoder twice as wide", {"batch_size": 4, "decoder_channels": ""}),
 }
 
 
@@ -46,7 +49,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="+", choices=ARMS)
     given = parser.parse_args()
     tame_allocator()
-    recipes = {name: recipe(given.encoder_weights, ARMS[name]) for name in given.arms}
+    recipes = {name: recipe(given.encoder_weights, ARMS[name][2]) for name in given.arms}
     costs = step_costs(recipes)
     print(pd.Series(costs).round(3).to_string(), flush=True)
     for name, chosen in recipes.items():
@@ -58,6 +61,22 @@ def main() -> None:
         found |= train(chosen, given.data, given.folder / name, steps) | {"recipe": asdict(chosen)}
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name}: {steps} steps, Dice {np.mean(found['dice']):.6f}", flush=True)
+    write_text(RESULTS / "recipe.md", page(given))
+
+
+def page(given: argparse.Namespace) -> str:
+    """The table of all arms that are done."""
+    found = {name: json.loads(path.read_text()) for name in ARMS if (path := given.folder / f"{name}.json").exists()}
+    lines = ["| arm | change | steps | a step costs | Dice | against | difference | 95 % interval |", "|---" * 8 + "|"]
+    for name, arm in found.items():
+        reference, change, _ = ARMS[name]
+        cells = [name, change, f"{arm['steps']}", f"{arm['cost']:.2f}", f"{np.mean(arm['dice']):.6f}", reference]
+        if reference:
+            gain = np.array(arm["dice"]) - np.array(found[reference]["dice"])
+            mean, low, high = metrics.mean_over_cars(gain, arm["cars"])
+            cells += [f"{mean:+.6f}", f"{low:+.6f} to {high:+.6f}"]
+        lines.append("| " + " | ".join([*cells, "", ""][:8]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def recipe(weights: str, changes: dict) -> Recipe:
@@ -83,7 +102,8 @@ def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
 
 def stepper(chosen: Recipe, k: int):
     model, loss_of = Segmenter(chosen.network).train(), loss_named(chosen.loss)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    fused = {"fused": True} if chosen.optimizer == "adamw" else {}
+    optimizer = create_optimizer_v2(model, chosen.optimizer, chosen.lr, chosen.weight_decay, **fused)
     pictures = torch.zeros(chosen.batch_size, chosen.height // k, chosen.width // k, 3, dtype=torch.uint8)
     targets = torch.rand(pictures.shape[:3])
 
