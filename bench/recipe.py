@@ -24,13 +24,14 @@ from carvana.files import overlapped, write_text
 from carvana.losses import loss_named
 from carvana.models import Segmenter
 from carvana.pipeline import load_profile, parameters
-from carvana.recipe import Recipe
+from carvana.recipe import Recipe, size_at
 
+LARGE = {"height": 512, "width": 512}
 # name: (the arm that it is compared with, what is changed, the recipe's changes)
 ARMS = {
     "base": ("", "profiles/cpu.yaml with batch 8 and lr 0.002", {}),
-    "half": ("base", "three quarters of the steps at half size", {"half_size": 0.75}),
-    "large": ("half", "512x512 after 256x256", {"half_size": 0.75, "height": 512, "width": 512}),
+    "growing": ("batch4", "pictures grow from 256x256 to 512x512", {"batch_size": 4, "start_size": 0.5, **LARGE}),
+    "large": ("batch4", "pictures of 512x512", {"batch_size": 4, **LARGE}),
     "batch4": ("base", "batch 4", {"batch_size": 4}),
     "boundary": ("batch4", "BCE 5 times as heavy within 3 pixels of the edge", {"batch_size": 4, "loss": "boundary"}),
     "plain": ("batch4", "no change of brightness and contrast", {"batch_size": 4, "brightness": 0.0, "contrast": 0.0}),
@@ -81,30 +82,34 @@ def page(given: argparse.Namespace) -> str:
 
 def recipe(weights: str, changes: dict) -> Recipe:
     values = {name: parameter.default for name, parameter in parameters().items()}
-    values |= load_profile("profiles/cpu.yaml") | {"encoder_weights": weights, "epochs": 100, "half_size": 0.0}
+    values |= load_profile("profiles/cpu.yaml") | {"encoder_weights": weights, "epochs": 100}
     return Recipe.of(values | changes)
 
 
 def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
-    """Seconds of an arm's middle step, small ones counted by their share; the arms take turns."""
-    steps = {}
-    for name, chosen in recipes.items():
-        sizes = [(1.0 - chosen.half_size, 1), (chosen.half_size, 2)] if chosen.half_size else [(1.0, 1)]
-        steps |= {(name, share, k): stepper(chosen, k) for share, k in sizes}
-    seconds = {key: [] for key in steps}
+    """Seconds of an arm's middle step, smaller ones counted by their pixels; the arms take turns."""
+    steps = {name: stepper(chosen) for name, chosen in recipes.items()}
+    seconds = {name: [] for name in steps}
     for _ in range(rounds):
-        for key, step in steps.items():
+        for name, step in steps.items():
             began = time.perf_counter()
             step()
-            seconds[key].append(time.perf_counter() - began)
-    return {name: sum(key[1] * np.median(s[1:]) for key, s in seconds.items() if key[0] == name) for name in recipes}
+            seconds[name].append(time.perf_counter() - began)
+    return {name: float(np.median(seconds[name][1:])) * pixels(chosen) for name, chosen in recipes.items()}
 
 
-def stepper(chosen: Recipe, k: int):
+def pixels(chosen: Recipe) -> float:
+    """Mean share of the full size's pixels in a step."""
+    full = chosen.height, chosen.width
+    sizes = [size_at(full, chosen.start_size, done) for done in np.linspace(0, 1, 200, endpoint=False)]
+    return float(np.mean([height * width for height, width in sizes])) / (full[0] * full[1])
+
+
+def stepper(chosen: Recipe):
     model, loss_of = Segmenter(chosen.network).train(), loss_named(chosen.loss)
     fused = {"fused": True} if chosen.optimizer == "adamw" else {}
     optimizer = create_optimizer_v2(model, chosen.optimizer, chosen.lr, chosen.weight_decay, **fused)
-    pictures = torch.zeros(chosen.batch_size, chosen.height // k, chosen.width // k, 3, dtype=torch.uint8)
+    pictures = torch.zeros(chosen.batch_size, chosen.height, chosen.width, 3, dtype=torch.uint8)
     targets = torch.rand(pictures.shape[:3])
 
     def step() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from carvana import dataset, folds, photos, training
 from carvana.files import UserError, read_json, write_run
-from carvana.recipe import Recipe, learning_rate
+from carvana.recipe import Recipe, learning_rate, size_at
 from carvana.state import _stalls
 
 
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(shared_c
     {"optimizer": "lamb", "schedule": "plateau", "loss": "lovasz", "ema": 0.0},
     {"optimizer": "adam", "schedule": "constant", "loss": "focal", "accumulate": 2, "clip_norm": 0.0},
     {"amp": "bf16", "loss": "tversky", "crop_height": 64, "crop_width": 96},
-    {"half_size": 0.5, "height": 64, "loss": "boundary", "ema": 0.0},
+    {"start_size": 0.5, "loss": "boundary", "ema": 0.0},
     {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32, "epochs": 1},
 ])  # fmt: skip
 def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
@@ -157,8 +157,7 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
     ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
     ("height", 100, "height is 100, but must be a multiple of 32"),
     ("encoder_weights", "none.pth", "none.pth does not exist"),
-    ("half_size", 1.5, "half_size is 1.5, but must be a share of the training"),
-    ("half_size", 0.5, r"half_size needs a height and width that are multiples of 64, not \(96, 128\)"),
+    ("start_size", 1.5, "start_size is 1.5, but must be a share of the size, from 0.25 to 1"),
     ("crop_height", 64, r"crop_height and crop_width are \(64, 0\)"),
     ("lr", "fast", "lr is 'fast', but must be float"),
 ])  # fmt: skip
@@ -175,6 +174,13 @@ def test_learning_rates_rise_and_fall_as_their_schedules_say():
     assert learning_rate("onecycle", 0.0, 0.0) == pytest.approx(0.04)
     assert learning_rate("onecycle", 0.3, 0.0) == pytest.approx(1)
     assert learning_rate("constant", 0.9, 0.1) == learning_rate("plateau", 0.9, 0.1) == 1
+
+
+def test_sizes_grow_from_their_start_and_are_whole_for_the_last_third():
+    assert size_at((640, 960), 0.5, 0.0) == (320, 480)
+    assert size_at((640, 960), 0.5, 0.35) == (480, 704)
+    assert size_at((640, 960), 0.5, 0.7) == size_at((640, 960), 1.0, 0.0) == (640, 960)
+    assert size_at((32, 64), 0.5, 0.0) == (32, 32)
 
 
 def test_a_plateau_of_two_validations_halves_the_rate():

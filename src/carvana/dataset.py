@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from carvana import rle
@@ -131,11 +131,11 @@ def batches(n: int, batch_size: int, accumulate: int, epochs: int, seed: int) ->
     return made
 
 
-def halved(pictures: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of 2 x 2 pixels: (B, h, w, 3) and (B, h, w) uint8 -> uint8 of half their height and width."""
-    stacked = torch.cat([pictures, targets.unsqueeze(-1)], -1).permute(0, 3, 1, 2)
-    small = avg_pool2d(stacked.float(), 2).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return small[..., :3], small[..., 3]
+def resized(pictures: torch.Tensor, targets: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch at another size, on its device: (B, h, w, 3) and (B, h, w) uint8 -> the same of (height, width)."""
+    stacked = torch.cat([pictures, targets.unsqueeze(-1)], -1).permute(0, 3, 1, 2).float()
+    made = interpolate(stacked, size, mode="bilinear", antialias=True).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return made[..., :3], made[..., 3]
 
 
 def augmentation(

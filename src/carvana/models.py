@@ -56,9 +56,9 @@ class Segmenter(nn.Module):
         self.network = network
         self.net = _build(network).to(memory_format=torch.channels_last)
         for layer in self.net.modules():
-            if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
-                if layer.stride != (1, 1) or layer.kernel_size != (3, 3):
-                    layer.forward = partial(_depthwise, layer.forward)
+            depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+            if depthwise and (layer.stride != (1, 1) or layer.kernel_size != (3, 3)):
+                layer.forward = partial(_depthwise, layer.forward)
         mean, std = _mean_and_std(network.encoder)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)

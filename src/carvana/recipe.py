@@ -1,6 +1,7 @@
 """The recipe of a training: what decides its weights, and what its names mean."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 
 import torch
@@ -25,7 +26,7 @@ class Recipe:
     height: int
     width: int
     epochs: int
-    half_size: float
+    start_size: float
     batch_size: int
     accumulate: int
     lr: float
@@ -57,7 +58,8 @@ class Recipe:
         loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
-        recipe._check_half_size()
+        if not 0.25 <= recipe.start_size <= 1:
+            raise UserError(f"start_size is {recipe.start_size}, but must be a share of the size, from 0.25 to 1.")
         if recipe.schedule not in SCHEDULES:
             hint = nearest(recipe.schedule, SCHEDULES)
             raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
@@ -75,13 +77,6 @@ class Recipe:
         if crop != (0, 0) and not (all(crop) and fits and not any(side % STRIDE for side in crop)):
             size = f"at most {self.height} x {self.width}"
             raise UserError(f"crop_height and crop_width are {crop}: both 0, or multiples of {STRIDE}, {size}.")
-
-    def _check_half_size(self) -> None:
-        sides = self.crop_height or self.height, self.crop_width or self.width
-        if not 0 <= self.half_size <= 1:
-            raise UserError(f"half_size is {self.half_size}, but must be a share of the training, from 0 to 1.")
-        if self.half_size and any(side % (2 * STRIDE) for side in sides):
-            raise UserError(f"half_size needs a height and width that are multiples of {2 * STRIDE}, not {sides}.")
 
     @property
     def network(self) -> Network:
@@ -123,3 +118,12 @@ def learning_rate(schedule: str, done: float, warmup: float) -> float:
     if schedule in ("cosine", "onecycle"):
         return (1 + math.cos(math.pi * (done - rise) / (1 - rise))) / 2
     return 1.0
+
+
+def size_at(full: Sequence[int], start: float, done: float) -> tuple[int, ...]:
+    """Height and width of pictures after the share `done` of a training, multiples of 32: progressive resizing.
+
+    They grow from the share `start` of the full size, and reach it after 70 % of the training, where edges are learnt.
+    """
+    share = min(1.0, start + (1 - start) * done / 0.7)
+    return tuple(min(side, max(STRIDE, round(side * share / STRIDE) * STRIDE)) for side in full)

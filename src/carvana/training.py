@@ -20,7 +20,7 @@ from carvana import dataset, photos
 from carvana.files import UserError, given, progress, read_json, resolve
 from carvana.folds import read_folds
 from carvana.losses import loss_named
-from carvana.recipe import Recipe
+from carvana.recipe import Recipe, size_at
 from carvana.state import Fold
 
 READ_EVERY = 20  # steps between two looks at the losses: a look makes the device wait
@@ -77,8 +77,9 @@ def _step(fold: Fold, loss_of: Callable, pictures: torch.Tensor, targets: torch.
         group["lr"] = fold.lr()
     with accelerator.accumulate(fold.model):
         pictures, targets = pictures.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if fold.step < recipe.half_size * len(fold.keys):
-            pictures, targets = dataset.halved(pictures, targets)
+        size = size_at(pictures.shape[1:3], recipe.start_size, fold.step / len(fold.keys))
+        if size != pictures.shape[1:3]:
+            pictures, targets = dataset.resized(pictures, targets, size)
         loss = loss_of(fold.model(pictures), targets.float() / 255)
         accelerator.backward(loss)
         if recipe.clip_norm and accelerator.sync_gradients:
