@@ -16,7 +16,7 @@ HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
 RECIPE = {
     "arch": "unet", "encoder": "resnet18", "encoder_weights": "", "decoder_channels": "16,8,8,8,8",
     "height": 96, "width": 128, "epochs": 3, "start_size": 1.0, "batch_size": 4, "accumulate": 1, "lr": 3e-3,
-    "optimizer": "adamw",
+    "optimizer": "nmuon",
     "weight_decay": 0.01, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0, "loss": "bce_dice", "ema": 0.9,
     "amp": "no", "hflip": 0.5, "crop_height": 0, "crop_width": 0, "brightness": 0.2, "contrast": 0.2, "scale": 0.1,
     "shift": 0.05, "rotate": 3.0, "validate_every": 1, "seed": 1,
