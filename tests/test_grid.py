@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,33 @@ def test_enlarging_equals_torch_interpolate_on_the_padded_size(seed, sizes):
     large = torch.nn.functional.interpolate(torch.from_numpy(logits)[None, None], grid.padded, mode="bilinear")
     expected = large[0, 0, : grid.full_height, : grid.full_width].numpy()
     assert np.allclose(grid.enlarge(logits), expected, atol=1e-5)
+
+
+def torch_runs(logits, grid, cut):
+    large = torch.nn.functional.interpolate(torch.from_numpy(logits)[None, None], grid.padded, mode="bilinear")
+    return rle.encode(large[0, 0, : grid.full_height, : grid.full_width].numpy() > cut)
+
+
+SIZES = [(64, 62, 32, 32), (96, 126, 96, 128), (128, 254, 32, 64), (100, 90, 64, 64), (250, 500, 32, 64)]
+
+
+@given(st.integers(0, 10**6), st.sampled_from(SIZES), st.sampled_from([0, 1, 3, 9]), st.sampled_from([0.0, 0.25]))
+def test_runs_from_sign_changes_are_those_of_the_enlarged_logits(seed, sizes, smooth, cut):
+    logits = np.random.default_rng(seed).normal(size=sizes[2:]).astype("f4")
+    logits = cv2.blur(logits, (smooth, smooth)) if smooth else np.round(logits) + np.float32(0.1)
+    grid = Grid(*sizes)
+    assert rle.from_edges(grid.edges(logits, cut)) == torch_runs(logits, grid, cut)
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.0])
+@pytest.mark.parametrize(
+    "where", [np.s_[0, 0], np.s_[-1, -1], np.s_[0, -1], np.s_[5, 7], np.s_[:, -1], np.s_[-1], np.s_[:]]
+)
+def test_runs_of_lone_pixels_corners_and_borders_equal_those_of_the_enlarged_logits(where, value):
+    for sizes in SIZES:
+        logits = np.full(sizes[2:], -value, "f4")
+        logits[where] = value
+        assert rle.from_edges(Grid(*sizes).edges(logits)) == torch_runs(logits, Grid(*sizes), 0.0)
 
 
 @pytest.mark.parametrize(("height", "width", "least"), [(320, 480, 0.9993), (640, 960, 0.9998)])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from carvana import rle
+
 STRIDE = 32  # segmentation networks halve the size five times, so height and width are multiples of 2**5
 
 
@@ -61,6 +63,52 @@ class Grid:
         Logits are enlarged, not probabilities: the sigmoid bends straight edges (173 to 611 pixels a picture).
         """
         return _bilinear(logits, *self.padded)[: self.full_height, : self.full_width]
+
+    def edges(self, logits: np.ndarray, cut: float = 0.0) -> np.ndarray:
+        """`rle.edges(self.enlarge(logits) > cut)`, for a whole factor without the full-size picture, 3 times as fast.
+
+        Along a full-size row the logits are straight lines between the centres of network pixels, so a run starts or
+        ends once between two neighbours of opposite sign, and nowhere else.
+        """
+        k, (height, width) = self.factor, logits.shape
+        if k < 2:
+            return rle.edges(self.enlarge(logits) > cut)
+        values, t = logits - np.float32(cut), (np.arange(k, dtype=np.float32) + np.float32(0.5)) / k
+        signs = _row_signs(values, t)[: self.full_height].reshape(-1)
+        change = np.flatnonzero(signs[1:] != signs[:-1])
+        y, x = np.divmod(change, width)
+        above, step = np.divmod(y - k // 2, k)  # the network row above a full-size row, and how far below it is
+        upper, lower = np.maximum(above, 0) * width, np.minimum(above + 1, height - 1) * width
+        flat, down = values.reshape(-1), t[step]
+        left, right = (
+            (1 - down) * flat[upper + column] + down * flat[lower + column]
+            for column in (x, np.minimum(x + 1, width - 1))
+        )
+        between = left[:, None] * (1 - t) + right[:, None] * t > 0
+        same = (between == (left > 0)[:, None]).sum(1)
+        column = np.minimum(x * k + k // 2 + same, self.full_width)
+        found = np.where(x == width - 1, y + 1, y) * self.full_width + np.where(x == width - 1, 0, column)
+        ends = [np.zeros(int(signs[0]), int), found, np.full(int(signs[-1]), self.full_height * self.full_width)]
+        return _without_pairs(np.concatenate(ends))
+
+
+def _row_signs(values: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Whether values (h, w) are above 0 on every full-size row, (h * k, w) bool; computed where neighbours differ."""
+    height, width = values.shape
+    k, signs = len(t), values > 0
+    rows, flat = np.repeat(signs, k, axis=0).reshape(-1), values.reshape(-1)
+    differ = np.flatnonzero(signs[1:] != signs[:-1])
+    y, x = np.divmod(differ, width)
+    first = (y * k + k // 2) * width + x
+    upper, lower = flat[differ, None], flat[differ + width, None]
+    rows[first[:, None] + np.arange(k) * width] = upper * (1 - t) + lower * t > 0
+    return rows.reshape(height * k, width)
+
+
+def _without_pairs(positions: np.ndarray) -> np.ndarray:
+    """Sorted positions that occur an odd number of times: a run of no pixel starts and ends at once."""
+    found, times = np.unique(positions, return_counts=True)
+    return found[times % 2 == 1]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,15 +11,20 @@ def encode(mask: np.ndarray) -> str:
 
     mask: (H, W) bool or any numbers, car where not zero. Returns "" for an empty mask.
     """
-    flat = np.asarray(mask, dtype=bool).reshape(-1)
+    return from_edges(edges(np.asarray(mask, dtype=bool)))
+
+
+def edges(mask: np.ndarray) -> np.ndarray:
+    """Sorted flat positions (from 0) where a run of a mask (H, W) bool starts or has ended; an even number of them."""
+    flat = mask.reshape(-1)
     inner = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     first, last = np.flatnonzero(flat[:1]), np.flatnonzero(flat[-1:]) + flat.size
-    return from_edges(np.concatenate([first, inner, last]))
+    return np.concatenate([first, inner, last])
 
 
-def from_edges(edges: np.ndarray) -> str:
-    """Run lengths from the sorted flat positions (from 0, an even number of them) where a run starts or has ended."""
-    pairs = edges.reshape(-1, 2)
+def from_edges(positions: np.ndarray) -> str:
+    """Run lengths from what `edges` returns."""
+    pairs = positions.reshape(-1, 2)
     values = np.stack([pairs[:, 0] + 1, pairs[:, 1] - pairs[:, 0]], axis=1).reshape(-1).tolist()
     return ("%d " * len(values) % tuple(values))[:-1]
 
