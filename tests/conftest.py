@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from carvana import rle
+from carvana import models, photos, rle
 from carvana.recipe import Recipe
 
 HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
+
+MEMBER_SIZES = (96, 128), (64, 96)
 
 RECIPE = {
     "arch": "unet", "encoder": "resnet18", "encoder_weights": "", "decoder_channels": "16,8,8,8,8",
@@ -73,3 +76,22 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("CARVANA_REAL_DATA names no folder of real photographs")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def members(tmp_path_factory) -> list[Path]:
+    """Two untrained networks of different encoders and sizes."""
+    folder, paths = tmp_path_factory.mktemp("members"), []
+    for i, (encoder, size) in enumerate(zip(("resnet18", "tu-tf_efficientnet_lite0"), MEMBER_SIZES, strict=True)):
+        torch.manual_seed(i)
+        network = models.Network("unet", encoder, "16,8,8,8,8", *size)
+        path = folder / f"fold{i}" / "best.safetensors"
+        models.save_checkpoint(path, models.Segmenter(network).state_dict(), network)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def tests(shared_competition) -> photos.Archive:
+    """Photographs to predict."""
+    return photos.photographs(shared_competition, "train")

@@ -23,6 +23,7 @@ ORDER = [
     "state",
     "training",
     "inference",
+    "prediction",
     "evaluation",
     "submission",
     "kaggle_api",

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from conftest import recipe
 
-from carvana import dataset, evaluation, folds, inference, metrics, models, photos, rle, training
+from carvana import dataset, evaluation, folds, inference, metrics, models, photos, prediction, rle, training
 from carvana.files import UserError
 
 
@@ -49,7 +49,7 @@ def test_scores_equal_those_of_the_masks_that_prediction_writes(shared_competiti
     photographs, pictures = photos.photographs(shared_competition, "train"), photos.index(shared_competition)
     ensemble = inference.Ensemble([runs[0] / "fold0" / "best.safetensors"], [1.0], ["none", "hflip"])
     names = scores[scores["fold"] == 0]["img"].tolist()
-    inference.predict(ensemble, photographs, names, tmp_path, 4, 0)
+    prediction.predict(ensemble, photographs, names, tmp_path, 4, 0)
     predicted = pd.read_csv(tmp_path / "part-00000.csv", keep_default_na=False).set_index("img")["rle_mask"]
     truth = pictures.set_index("img")["rle"]
     for row in scores[scores["fold"] == 0].itertuples():

@@ -9,7 +9,7 @@ import torch
 from carvana import metrics, rle
 from carvana.files import UserError, fingerprint, progress, sha256, write_text
 from carvana.folds import HOLDOUT, read_folds
-from carvana.inference import Ensemble, batched, blend, enlarged
+from carvana.inference import Ensemble, Photographs, batched, blend, enlarged, in_batches
 from carvana.photos import Archive
 
 
@@ -75,7 +75,8 @@ def _score_fold(run_dir, members, names, pictures, photos, views, batch_size, fo
     ensemble = Ensemble(members, [1 / len(members)] * len(members), views)
     rows = []
     with progress(None, f"scoring {path.parent.name}", total=len(pictures)) as bar:
-        for each, full, batch in batched(ensemble, photos, pictures["img"].tolist(), batch_size):
+        photographs = Photographs(photos, pictures["img"].tolist(), ensemble.sizes)
+        for each, full, batch in batched(ensemble, photographs, in_batches(len(pictures), batch_size)):
             variants = _variants(each, views, *names, fold)
             for i, row in enumerate(batch):
                 own = {name: [logits[i] for logits in blended] for name, blended in variants.items()}
@@ -99,10 +100,11 @@ def _variants(
         chosen |= {run: (each[i :: len(runs)], slice(None)) for i, run in enumerate(runs)}
     if fold == HOLDOUT:
         chosen |= {f"fold {f}": (each[i * len(runs) :][: len(runs)], slice(None)) for i, f in enumerate(folds)}
-    return {
+    blends = {
         name: blend([logits[which] for logits in members], [1 / len(members)] * len(members))
         for name, (members, which) in chosen.items()
     }
+    return {name: [logits.cpu().numpy() for logits in blended] for name, blended in blends.items()}
 
 
 def _score(picture: pd.Series, variants: dict[str, list[np.ndarray]], full: tuple[int, int]) -> dict:

@@ -1,4 +1,4 @@
-"""Photographs -> run lengths: decode, every member x every view, blend, enlarge, encode; written in parts.
+"""Photographs -> logits -> run lengths: decode once, every member x every view, blend, find the edges.
 
 Members are blended by their logits: an average of logits at network size, enlarged, is the average of enlarged logits.
 """
@@ -6,36 +6,26 @@ Members are blended by their logits: an average of logits at network size, enlar
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 
 from carvana import rle
-from carvana.files import (
-    UserError,
-    fingerprint,
-    listed,
-    overlapped,
-    progress,
-    read_json,
-    sha256,
-    write_json,
-    write_text,
-)
+from carvana.files import UserError, listed, read_json, write_json
 from carvana.grid import STRIDE, Grid
 from carvana.models import load_checkpoint
 from carvana.photos import Archive, picture
 from carvana.recipe import precision
 
-Size = tuple[int, int]  # height and width at a network
-PART_SIZE = 512  # pictures a part: some seconds on a GPU, a minute on a CPU
+Size = tuple[int, int]  # height and width
+BROKEN = 0, 0  # the size of a photograph that cannot be decoded
 
 
 @dataclass
@@ -100,13 +90,13 @@ class Ensemble:
         return math.log(self.threshold / (1 - self.threshold))
 
 
-def blend(each: Sequence[torch.Tensor], weights: Sequence[float]) -> list[np.ndarray]:
+def blend(each: Sequence[torch.Tensor], weights: Sequence[float]) -> list[torch.Tensor]:
     """Weighted mean of members (views, B, h, w): a (B, h, w) sum for every distinct size; their enlarged sum counts."""
     sums: dict[Size, torch.Tensor] = {}
     for weight, logits in zip(weights, each, strict=True):
         part = weight * logits.mean(0)
         sums[part.shape[1:]] = sums[part.shape[1:]] + part if part.shape[1:] in sums else part
-    return [logits.cpu().numpy() for logits in sums.values()]
+    return list(sums.values())
 
 
 def view_logits(model: Callable, pictures: torch.Tensor, view: str) -> torch.Tensor:
@@ -142,16 +132,24 @@ def views_named(tta: str) -> list[str]:
 
 
 class Photographs(Dataset):
-    """Photographs at every size that an ensemble needs; item i is (sizes -> (h, w, 3) uint8, full size, i)."""
+    """Photographs at every size that an ensemble needs; item i is (sizes -> (h, w, 3) uint8, full size, i).
 
-    def __init__(self, photos: Archive, names: list[str], sizes: list[Size]):
-        self.photos, self.names, self.sizes = photos, names, sizes
+    One that cannot be decoded is a UserError with its name, or with `skip_broken` black and BROKEN in size.
+    """
+
+    def __init__(self, photos: Archive, names: list[str], sizes: list[Size], skip_broken: bool = False):
+        self.photos, self.names, self.sizes, self.skip_broken = photos, names, sizes, skip_broken
 
     def __getitem__(self, i: int) -> tuple[dict[Size, np.ndarray], Size, int]:
-        """UserError with the picture's name where it cannot be decoded."""
+        """Decode photograph i once for every size."""
         images = {}
-        for size in self.sizes:
-            images[size], full = picture(self.photos, self.names[i], *size)
+        try:
+            for size in self.sizes:
+                images[size], full = picture(self.photos, self.names[i], *size)
+        except UserError:
+            if not self.skip_broken:
+                raise
+            return {size: np.zeros((*size, 3), np.uint8) for size in self.sizes}, BROKEN, i
         return images, full, i
 
 
@@ -161,26 +159,34 @@ def _collate(items: list) -> tuple[dict[Size, torch.Tensor], list[Size], list[in
 
 
 def batched(
-    ensemble: Ensemble, photos: Archive, names: list[str], batch_size: int, workers: int = -1
+    ensemble: Ensemble, photographs: Photographs, batches: Iterable[list[int]], workers: int = -1, spent: Counter = None
 ) -> Iterator[tuple[list[torch.Tensor], list[Size], list[int]]]:
-    """Logits of all members for batches of photographs: ((views, B, h, w) for each member, full sizes, rows)."""
-    on_gpu, rows = ensemble.device.type == "cuda", list(range(len(names)))
+    """Logits of all members for `batches` of rows: ((views, B, h, w) for each member, full sizes, rows).
+
+    workers: processes that decode; -1 for what suits the device. Seconds that were waited for "decode" and "network"
+    are added to `spent`.
+    """
+    on_gpu, spent = ensemble.device.type == "cuda", Counter() if spent is None else spent
     if workers < 0:
         workers = min(16, os.cpu_count()) if on_gpu else 1  # decoding takes a tenth of a small network's time on a CPU
-    loader = DataLoader(
-        Photographs(photos, names, ensemble.sizes),
-        batch_sampler=[rows[first : first + batch_size] for first in rows[::batch_size]],
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=on_gpu,
-    )
-    for pictures, full, rows in loader:
+    options = {"num_workers": workers, "collate_fn": _collate, "pin_memory": on_gpu}
+    began = time.monotonic()
+    for pictures, full, rows in DataLoader(photographs, batch_sampler=batches, **options):
+        decoded = time.monotonic()
         with _memory_advice():
             each = ensemble.each(pictures)
-        if not all(logits.isfinite().all() for logits in each):
-            listed = ", ".join(names[row] for row in rows)
+            finite = all(logits.isfinite().all() for logits in each)
+        if not finite:
+            listed = ", ".join(photographs.names[row] for row in rows)
             raise UserError(f"A network gives logits that are not finite for one of {listed}. Train it with amp no.")
+        spent.update({"decode": decoded - began, "network": time.monotonic() - decoded})
         yield each, full, rows
+        began = time.monotonic()
+
+
+def in_batches(n: int, batch_size: int) -> list[list[int]]:
+    """Rows 0 to n - 1, `batch_size` at a time."""
+    return [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
 
 
 @contextmanager
@@ -196,72 +202,30 @@ def enlarged(blended: Sequence[np.ndarray], full: Size) -> np.ndarray:
     return sum(Grid(*full, *logits.shape).enlarge(logits) for logits in blended)
 
 
-def predict(
-    ensemble: Ensemble, photos: Archive, names: list[str], folder: Path,
-    batch_size: int = 8, workers: int = -1, max_hours: float = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Write run lengths of all photographs to whole parts in `folder`; computes only the parts that are missing.
-
-    Another member, view, threshold or photograph starts anew. Returns a table of the finished parts' pictures: img,
-    area (share of the picture), part (path); shorter than `names` where `max_hours` ended before the last part.
-    """
-    members = [sha256(path) for path in ensemble.paths], ensemble.weights, ensemble.views, ensemble.threshold
-    key = fingerprint(*members, photos.stamp(), names)
-    slices = [names[first : first + PART_SIZE] for first in range(0, len(names), PART_SIZE)]
-    paths = [folder / f"part-{number:05d}.csv" for number in range(len(slices))]
-    missing = [number for number, path in enumerate(paths) if not _finished(path, key)]
-    began = time.monotonic()
-    with progress(None, "predicting", total=len(names)) as bar:
-        bar.update(len(names) - sum(len(slices[number]) for number in missing))
-        for number in missing:
-            _write_part(ensemble, photos, slices[number], paths[number], key, batch_size, workers, bar)
-            if 0 < max_hours * 3600 < time.monotonic() - began:
-                break
-    return _finished_table([path for path in paths if _finished(path, key)])
+def edges(blended: Sequence[torch.Tensor], full: Size, cut: float) -> np.ndarray:
+    """`rle.edges` of a picture's blended logits, enlarged and cut, without the mask where that is possible."""
+    if blended[0].is_cuda:
+        return _edges_on_device(blended, full, cut)
+    logits = [part.numpy() for part in blended]
+    if len(logits) == 1:
+        return Grid(*full, *logits[0].shape).edges(logits[0], cut)
+    return rle.edges(enlarged(logits, full) > cut)
 
 
-def _write_part(ensemble, photos, names, path, key, batch_size, workers, bar) -> None:
-    masked = overlapped(_encode, _blended(ensemble, photos, names, batch_size, workers))
-    encoded = []
-    for result in masked:
-        encoded.append(result)
-        bar.update()
-    write_text(path, pd.DataFrame({"img": names, "rle_mask": [text for text, _ in encoded]}).to_csv(index=False))
-    areas = [area for _, area in encoded]
-    write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256(path), "names": names, "areas": areas})
-
-
-def _blended(ensemble, photos, names, batch_size, workers) -> Iterator[tuple[list[np.ndarray], Size, float]]:
-    """What `_encode` takes for each photograph; the network works on while threads encode what it gave before."""
-    for each, full, _ in batched(ensemble, photos, names, batch_size, workers):
-        blended = blend(each, ensemble.weights)
-        for i in range(len(full)):
-            yield [logits[i] for logits in blended], full[i], ensemble.cut
-
-
-def _encode(blended: list[np.ndarray], full: Size, cut: float) -> tuple[str, float]:
-    mask = enlarged(blended, full) > cut
-    return rle.encode(mask), round(float(mask.mean()), 6)
-
-
-def _finished(path: Path, key: str) -> bool:
-    """Whether a part is whole and was made with the same members, views, threshold and photographs."""
-    note = path.with_suffix(".json")
-    if not (path.exists() and note.exists()):
-        return False
-    found = read_json(note)
-    return found["key"] == key and found["sha256"] == sha256(path)
-
-
-def _finished_table(paths: list[Path]) -> pd.DataFrame:
-    tables = []
-    for path in paths:
-        note = read_json(path.with_suffix(".json"))
-        tables.append(pd.DataFrame({"img": note["names"], "area": note["areas"], "part": str(path)}))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "part"])
+def _edges_on_device(blended: Sequence[torch.Tensor], full: Size, cut: float) -> np.ndarray:
+    """The same where the logits are: only the positions leave the device."""
+    large = 0
+    for logits in blended:
+        padded = Grid(*full, *logits.shape).padded
+        large = large + interpolate(logits[None, None], padded, mode="bilinear")[0, 0, : full[0], : full[1]]
+    flat = pad((large > cut).flatten(), (1, 1))
+    return torch.nonzero(flat[1:] != flat[:-1]).flatten().cpu().numpy()
 
 
 def masks(ensemble: Ensemble, photos: Archive, names: list[str], batch_size: int = 4) -> Iterator[np.ndarray]:
     """Probabilities at full size, (H, W) float32 in [0, 1], of a few photographs to look at."""
-    for logits, full, _ in _blended(ensemble, photos, names, batch_size, workers=0):
-        yield 1 / (1 + np.exp(-enlarged(logits, full)))
+    photographs = Photographs(photos, names, ensemble.sizes)
+    for each, full, _ in batched(ensemble, photographs, in_batches(len(names), batch_size), workers=0):
+        blended = [logits.cpu().numpy() for logits in blend(each, ensemble.weights)]
+        for i in range(len(full)):
+            yield 1 / (1 + np.exp(-enlarged([logits[i] for logits in blended], full[i])))
