@@ -87,12 +87,37 @@ def test_scores_of_a_fold_are_kept_for_each_set_of_members_and_read_again(shared
     pd.testing.assert_frame_equal(again, scores)
 
 
-def test_ensemble_json_names_every_fold_of_every_run(runs, scores):
-    ensemble = evaluation.write_results(runs[0], scores, runs, ["none"])
+def test_ensemble_json_names_every_fold_of_every_run_with_its_weight(runs, scores):
+    settings = evaluation.Settings([0.25, 0.75], 0.4)
+    evaluation.write_results(runs[0], scores, runs, ["none"], settings)
     found = inference.Ensemble.read(runs[0] / "ensemble.json")
-    assert len(found.paths) == len(ensemble.paths) == 4
-    assert sum(found.weights) == pytest.approx(1)
+    assert [path.parent.parent.name for path in found.paths] == ["a", "a", "b", "b"]
+    assert found.weights == [0.125, 0.125, 0.375, 0.375]
+    assert found.threshold == 0.4
     assert len(pd.read_csv(runs[0] / "scores.csv")) == len(scores)
+
+
+def test_other_weights_and_thresholds_are_tried_on_every_picture(scores):
+    tried = set(scores.columns[scores.columns.str.startswith("try:")])
+    assert {"try:0.25,0.75@0.5", "try:0.5,0.5@0.5", "try:0.75,0.25@0.5", "try:0.5,0.5@0.45"} <= tried
+    assert np.allclose(scores["try:0.5,0.5@0.5"], scores["dice"])
+
+
+def scored(base, other):
+    cars = [f"{i}" for i in range(8)]
+    return pd.DataFrame({"car": cars, "fold": [0, 1] * 4, "dice": base, "try:0.25,0.75@0.5": other})
+
+
+def test_settings_that_surely_gain_on_folds_left_out_are_used_with_their_honest_gain():
+    found = evaluation.best_settings(scored(0.9, 0.92), 2)
+    assert (found.weights, found.threshold) == ([0.25, 0.75], 0.5)
+    assert found.gain == pytest.approx(0.02)
+
+
+def test_settings_that_gain_on_one_fold_only_are_not_used():
+    found = evaluation.best_settings(scored(0.9, [0.99, 0.85] * 4), 2)
+    assert (found.weights, found.threshold) == ([0.5, 0.5], 0.5)
+    assert found.low <= 0  # chosen on fold 0, lost on fold 1
 
 
 def test_compared_runs_stand_best_first_with_the_paired_difference(tmp_path):

@@ -31,8 +31,8 @@ def test_unknown_views_are_refused(view, members):
 
 
 def test_ensemble_json_is_read_back_with_paths_relative_to_it(members, tmp_path):
-    made = inference.Ensemble(members, [0.25, 0.75], ["none", "hflip"], 0.4)
-    made.write(members[0].parent.parent / "ensemble.json")
+    path = members[0].parent.parent / "ensemble.json"
+    inference.write_ensemble(path, list(zip(members, [0.25, 0.75], strict=True)), ["none", "hflip"], 0.4)
     found = inference.Ensemble.read(members[0].parent.parent / "ensemble.json")
     assert (found.weights, found.views, found.threshold) == ([0.25, 0.75], ["none", "hflip"], 0.4)
     assert json.loads((members[0].parent.parent / "ensemble.json").read_text())["members"][0]["path"].startswith(

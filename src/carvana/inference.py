@@ -60,12 +60,6 @@ class Ensemble:
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not an ensemble: {error} is missing. Write it with 04_evaluate.") from error
 
-    def write(self, path: Path) -> None:
-        """To an ensemble.json that `read` reads."""
-        names = [os.path.relpath(member, path.parent) for member in self.paths]
-        members = [{"path": name, "weight": weight} for name, weight in zip(names, self.weights, strict=True)]
-        write_json(path, {"members": members, "views": self.views, "threshold": self.threshold})
-
     @property
     def sizes(self) -> list[Size]:
         """The distinct network sizes of the members."""
@@ -88,6 +82,12 @@ class Ensemble:
     def cut(self) -> float:
         """The threshold as a logit."""
         return math.log(self.threshold / (1 - self.threshold))
+
+
+def write_ensemble(path: Path, members: list[tuple[Path, float]], views: list[str], threshold: float) -> None:
+    """An ensemble.json that `Ensemble.read` reads; members: (checkpoint, weight), paths relative to its folder."""
+    listed = [{"path": os.path.relpath(member, path.parent), "weight": weight} for member, weight in members]
+    write_json(path, {"members": listed, "views": views, "threshold": threshold})
 
 
 def blend(each: Sequence[torch.Tensor], weights: Sequence[float]) -> list[torch.Tensor]:
