@@ -26,6 +26,7 @@ ORDER = [
     "prediction",
     "evaluation",
     "submission",
+    "ledger",
     "kaggle_api",
     "transfer",
     "demo",

@@ -13,7 +13,8 @@ import pytest
 import requests
 from fake_kaggle import CHUNK, KEY, USER, guarded, hide_credentials
 
-from carvana import files, kaggle_api, transfer
+from carvana import cli, files, kaggle_api, transfer
+from carvana import ledger as books
 from carvana.files import UserError
 
 NAMES = ("train.zip", *transfer.TABLES, "test.zip")
@@ -297,7 +298,7 @@ def test_submit_waits_for_the_score_and_keeps_a_ledger(fake, sub, capfd):
     assert (row["public_score"], row["private_score"]) == ("0.997012", "0.996543")
     assert fake.uploaded == [sub["path"].read_bytes()]
     assert ledger(sub) == [{**row, "ref": "1000"}]
-    assert tuple(row) == kaggle_api.LEDGER
+    assert tuple(row) == books.COLUMNS
     assert (row["run"], row["file"], row["sha256"]) == ("r1", "ours.csv", files.sha256(sub["path"]))
     assert row["message"] == fake.submissions[0]["description"]
     assert row["message"].startswith("demo [")
@@ -306,6 +307,24 @@ def test_submit_waits_for_the_score_and_keeps_a_ledger(fake, sub, capfd):
     assert "submissions left today: 4" in shown
     kaggle_api.submit(**sub)
     assert [entry["ref"] for entry in ledger(sub)] == ["1000", "1001"]
+
+
+def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, sub, capfd, tmp_path):
+    fake.pending = 99
+    kaggle_api.submit(**sub, wait_minutes=0)
+    fake.pending = 0
+    run = tmp_path / "runs" / "r1"
+    run.mkdir(parents=True)
+    (run / "scores.csv").write_text("img,fold,dice\na,0,0.99\nb,1,0.98\nc,-1,0.5\n")
+    places = ["--submissions-dir", str(sub["submissions_dir"]), "--runs-dir", str(tmp_path / "runs")]
+    assert cli.main(["ledger", *places, "--offline"]) == 0
+    assert "pending" in capfd.readouterr().out
+    assert cli.main(["ledger", *places]) == 0
+    shown = capfd.readouterr().out
+    assert all(text in shown for text in ("r1", "0.985000", "0.997012", "0.996543", "complete"))
+    assert ledger(sub)[0]["status"] == "complete"
+    assert cli.main(["ledger", "--submissions-dir", str(tmp_path / "none")]) == 0
+    assert "No submission yet." in capfd.readouterr().out
 
 
 def test_submit_does_not_wait_longer_than_asked(fake, sub):

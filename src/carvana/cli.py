@@ -89,6 +89,19 @@ def _submit(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _ledger(options: argparse.Namespace) -> None:
+    from carvana import kaggle_api, ledger
+    from carvana.files import resolve
+
+    submissions_dir = resolve(options.submissions_dir)
+    if not options.offline and ledger.rows(submissions_dir / "ledger.csv"):
+        kaggle_api.refresh(submissions_dir)
+    table = ledger.beside_runs(submissions_dir, resolve(options.runs_dir))
+    print(
+        table.to_string(index=False, float_format="{:.6f}".format, na_rep="-") if len(table) else "No submission yet."
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("carvana", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -131,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
     submit.add_argument("--run-name", default="", help="the run that made the file, for the ledger")
     _sample_and_size(submit)
+
+    ledger = _command(commands, "ledger", _ledger, "list submissions with their scores, refreshed from Kaggle")
+    ledger.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
+    ledger.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
+    ledger.add_argument("--offline", action="store_true", help="do not ask Kaggle")
     return parser
 
 

@@ -5,7 +5,6 @@ what nobody asked for, and it reports some refusals as success.
 """
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -21,8 +20,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from carvana import submission
-from carvana.files import UserError, read_json, sha256, write_text
+from carvana import ledger, submission
+from carvana.files import UserError, read_json, sha256
 
 COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
@@ -30,7 +29,6 @@ SETTINGS = "https://www.kaggle.com/settings"
 TIMEOUT = (30, 120)  # seconds to connect, and between two bytes
 TRIES = 4  # failures in a row without a byte of progress
 POLL = 10  # seconds between two looks at a submission that is not scored yet
-LEDGER = ("time", "run", "file", "sha256", "message", "ref", "status", "public_score", "private_score")
 
 
 def credentials_source() -> str:
@@ -197,20 +195,6 @@ def _scrub(error: BaseException | str) -> str:
     return text[:200]
 
 
-def submitted(submissions_dir: str | Path, file_hash: str) -> dict | None:
-    """The ledger's row of a file that was uploaded before and not rejected: sending it again would waste a try."""
-    rows = _ledger_rows(Path(submissions_dir) / "ledger.csv")
-    sent = [row for row in rows if row["sha256"] == file_hash and row["status"] != "error"]
-    return sent[-1] if sent else None
-
-
-def _ledger_rows(ledger: Path) -> list[dict]:
-    if not ledger.is_file():
-        return []
-    with ledger.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def submit(
     path: str | Path,
     message: str,
@@ -226,7 +210,7 @@ def submit(
 
     UserError where the file is not valid, Kaggle refuses or rejects it, or nobody is there to confirm.
     """
-    path, ledger = Path(path), Path(submissions_dir) / "ledger.csv"
+    path, book = Path(path), Path(submissions_dir) / "ledger.csv"
     check = submission.validate(path, sample, height, width)
     if not check.ok:
         raise UserError(f"{path} is not uploaded. {check.problems[0]}.")
@@ -234,15 +218,15 @@ def submit(
     _confirm(api, path, check, yes)
     mark = secrets.token_hex(4)
     values = (datetime.now(UTC).isoformat(timespec="seconds"), run, path.name, sha256(path), f"{message} [{mark}]")
-    row = dict(zip(LEDGER, (*values, "", "pending", "", ""), strict=True))
+    row = dict(zip(ledger.COLUMNS, (*values, "", "pending", "", ""), strict=True))
     row["ref"] = _upload(api, path, row["message"], mark)
-    _record(ledger, row)  # before the wait: a killed run must not lose it
+    ledger.record(book, row)  # before the wait: a killed run must not lose it
     reason = _wait(api, mark, row, time.monotonic() + 60 * wait_minutes)
-    _record(ledger, row)
+    ledger.record(book, row)
     if row["status"] == "error":
         raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {_scrub(reason)}. Mend the file first.")
     scores = f"public {row['public_score'] or '-'}, private {row['private_score'] or '-'}"
-    print(f"{path}: submission {row['ref']} is {row['status']}, {scores} ({ledger})")
+    print(f"{path}: submission {row['ref']} is {row['status']}, {scores} ({book})")
     return row
 
 
@@ -298,9 +282,7 @@ def _wait(api: Any, mark: str, row: dict, deadline: float) -> str:
     while True:
         with contextlib.suppress(UserError):  # the submission stands, whatever happens to the look
             if found := _find(api, mark):
-                status = getattr(found.status, "name", "PENDING").lower()  # a new kind of status has no name
-                values = (status, found.public_score or "", found.private_score or "")
-                row |= zip(LEDGER[-3:], values, strict=True)
+                row |= _result(found)
                 if row["status"] != "pending":
                     return found.error_description or ""
         if time.monotonic() >= deadline:
@@ -308,11 +290,18 @@ def _wait(api: Any, mark: str, row: dict, deadline: float) -> str:
         time.sleep(POLL)
 
 
-def _record(ledger: Path, row: dict) -> None:
-    """Add a row to the ledger, in place of the one with the same ref."""
-    rows = [old for old in _ledger_rows(ledger) if old.get("ref") != str(row["ref"])]
-    text = io.StringIO()
-    table = csv.DictWriter(text, LEDGER, restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows([*rows, row])
-    write_text(ledger, text.getvalue())
+def refresh(submissions_dir: str | Path) -> None:
+    """Bring status and scores of the ledger's uploads up to date; asks Kaggle once."""
+    path = Path(submissions_dir) / "ledger.csv"
+    known = {
+        str(entry.ref): entry for entry in ask(f"{PAGE}/submissions", client().competition_submissions, COMPETITION)
+    }
+    for row in ledger.rows(path):
+        if found := known.get(row["ref"]):
+            ledger.record(path, row | _result(found))
+
+
+def _result(found: Any) -> dict:
+    """Status and scores of an entry of Kaggle's list, as the ledger writes them."""
+    status = getattr(found.status, "name", "PENDING").lower()  # a new kind of status has no name
+    return {"status": status, "public_score": found.public_score or "", "private_score": found.private_score or ""}
