@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -105,7 +106,9 @@ def _work(prediction: Prediction, workers: int, deadline: float, show: bool = Tr
             missing = [(number, part) for number, part in missing if not part.finished(prediction.key)]
             bar.update(len(prediction.names) - sum(len(part.rows) for _, part in missing) - bar.n)
             claims = _Claims(prediction, missing, lock, deadline)
-            _finish(prediction, claims, workers, bar)
+            batches = iter(claims)
+            if first := next(batches, None):
+                _finish(prediction, claims, chain([first], batches), workers, bar)
             if time.time() > deadline or len(claims.taken) == len(missing):
                 return
             time.sleep(0 if claims.taken else 1)  # the rest is being done elsewhere, unless that process dies
@@ -146,10 +149,10 @@ class _Claims:
         fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, number)
 
 
-def _finish(prediction: Prediction, claims: _Claims, workers: int, bar: tqdm) -> None:
-    """Predict all rows that `claims` gives and write each part when its last row is encoded."""
+def _finish(prediction: Prediction, claims: _Claims, batches: Iterable[list[int]], workers: int, bar: tqdm) -> None:
+    """Predict all rows of `batches` and write each part when its last row is encoded."""
     texts, areas, spent, began = [], [], Counter(), time.monotonic()
-    for row, text, area in overlapped(_encode, _blended(prediction, claims, workers, spent)):
+    for row, text, area in overlapped(_encode, _blended(prediction, batches, workers, spent)):
         texts.append(text)
         areas.append(area)
         bar.set_postfix_str(_waits(spent, time.monotonic() - began), refresh=False)
@@ -168,11 +171,11 @@ def _waits(spent: Counter, seconds: float) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in {**shares, "encode": 1 - sum(shares.values())}.items())
 
 
-def _blended(prediction: Prediction, claims: _Claims, workers: int, spent: Counter) -> Iterator[tuple]:
+def _blended(prediction: Prediction, batches: Iterable[list[int]], workers: int, spent: Counter) -> Iterator[tuple]:
     """What `_encode` takes for each photograph; the network works on while threads encode what it gave before."""
     chosen = prediction.ensemble
     photographs = Photographs(prediction.photos, prediction.names, chosen.sizes, prediction.skip_broken)
-    for each, full, rows in batched(chosen, photographs, claims, workers, spent):
+    for each, full, rows in batched(chosen, photographs, batches, workers, spent):
         blended = blend(each, chosen.weights)
         for i, row in enumerate(rows):
             yield row, [logits[i] for logits in blended], full[i], chosen.cut

@@ -35,7 +35,8 @@ class Fold:
         processes: how many share the fold, each with a device of its own and `recipe.batch_size` pictures a step.
         """
         self.recipe, self.pictures, self.source = recipe, pictures, source
-        self.run_dir, self.folder, self.processes = run_dir, run_dir / f"fold{fold}", processes
+        self.run_dir, self.number, self.folder = run_dir, fold, run_dir / f"fold{fold}"
+        self.processes = processes
         if not 0 <= fold <= folds["fold"].max():
             raise UserError(f"fold is {fold}, but the run has the folds 0 to {folds['fold'].max()}.")
         fold_of = pictures["car"].map(folds.set_index("car")["fold"])

@@ -136,7 +136,7 @@ def _launch(fold: Fold, max_hours: float, workers: int) -> None:
     """Train with `accelerate launch`, whose processes read the recipe in run.json, then take up their state."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(fold.processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "-m", "carvana.training", str(fold.run_dir), fold.folder.name[4:]]
+    command += ["--dynamo_backend", "no", "-m", "carvana.training", str(fold.run_dir), str(fold.number)]
     command += ["--max-hours", str(max_hours), "--workers", str(workers)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_TORCH_DEVICE"}
     reason = ""
