@@ -2,7 +2,9 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import HEIGHT, WIDTH
@@ -123,3 +125,52 @@ def test_a_part_that_another_process_works_on_is_left_to_it_and_taken_when_that_
     assert not (tmp_path / "part-00001.csv").exists()
     assert len(table) == len(tests.names) - 5
     assert len(predicted(ensemble, tests, tmp_path, part_size=5)) == len(tests.names)
+
+
+PREDICTS = """
+    import resource, sys
+    from pathlib import Path
+    from carvana import inference, photos, prediction
+    checkpoint, folder, parts, part_size, batch_size = sys.argv[1:]
+    ensemble = inference.Ensemble([Path(checkpoint)], [1.0], ["none", "hflip"])
+    tests = photos.Archive(Path(folder), ".jpg")
+    sizes = {"part_size": int(part_size), "batch_size": int(batch_size)}
+    prediction.predict(ensemble, tests, tests.names, Path(parts), **sizes)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def predicting(*arguments) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(PREDICTS), *map(str, arguments)]
+
+
+def repeated(tests: photos.Archive, folder, n: int):
+    """A folder of `n` names for the photographs of `tests`."""
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i:06d}_01.jpg").hardlink_to(tests.path / tests.names[i % len(tests.names)])
+    return folder
+
+
+@pytest.mark.slow
+def test_a_prediction_killed_at_ten_moments_ends_in_the_same_bytes(members, tests, tmp_path):
+    folder, random = repeated(tests, tmp_path / "photos", 400), np.random.default_rng(0)
+    subprocess.run(predicting(members[0], folder, tmp_path / "whole", 20, 4), check=True, capture_output=True)
+    for _ in range(10):
+        command = predicting(members[0], folder, tmp_path / "cut", 20, 4)
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            time.sleep(random.uniform(4, 9))
+            process.kill()
+    subprocess.run(predicting(members[0], folder, tmp_path / "cut", 20, 4), check=True, capture_output=True)
+    whole = sorted((tmp_path / "whole").glob("*.csv"))
+    assert len(whole) == 20
+    assert [part.read_bytes() for part in whole] == [(tmp_path / "cut" / part.name).read_bytes() for part in whole]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_photographs(members, tests, tmp_path):
+    peaks = []
+    for n in (500, 4000):
+        command = predicting(members[0], repeated(tests, tmp_path / f"{n}", n), tmp_path / f"parts{n}", 128, 8)
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] < 1.05 * peaks[0]
