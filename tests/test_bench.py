@@ -35,15 +35,16 @@ def test_the_step_script_takes_the_packages_own_step_and_the_usual_one(bench, tm
         step(batch, batch[..., 0].clone())
 
 
-def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_competition, tmp_path):
+def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_competition, tmp_path, monkeypatch):
     script = bench("recipe")
     assert all(Path("notebooks").exists() and script.recipe("", changes) for _, _, changes in script.ARMS.values())
     costs = script.step_costs({"base": recipe(epochs=4)}, rounds=2)
     found = script.train(recipe(epochs=4), shared_competition, tmp_path / "base", 2)
     assert costs["base"] > 0
     assert len(found["dice"]) == len(found["cars"]) == 4
+    monkeypatch.setattr(script, "ARM_RESULTS", tmp_path)
     (tmp_path / "base.json").write_text(json.dumps(found | {"cost": 1.0, "steps": 2}))
-    assert "| base | profiles/cpu.yaml" in script.page(argparse.Namespace(folder=tmp_path))
+    assert "| base | AdamW" in script.page(argparse.Namespace(steps=2, scores=None))
 
 
 def test_the_seed_script_changes_what_an_arm_names(bench):
