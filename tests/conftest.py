@@ -19,7 +19,7 @@ MEMBER_SIZES = (96, 128), (64, 96)
 RECIPE = {
     "arch": "unet", "encoder": "resnet18", "encoder_weights": "", "decoder_channels": "16,8,8,8,8",
     "height": 96, "width": 128, "epochs": 3, "start_size": 1.0, "batch_size": 4, "accumulate": 1, "lr": 3e-3,
-    "optimizer": "nmuon",
+    "optimizer": "adamw",
     "weight_decay": 0.01, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0, "loss": "bce_dice", "ema": 0.9,
     "amp": "no", "hflip": 0.5, "crop_height": 0, "crop_width": 0, "brightness": 0.2, "contrast": 0.2, "scale": 0.1,
     "shift": 0.05, "rotate": 3.0, "validate_every": 1, "seed": 1,

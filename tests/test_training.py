@@ -86,7 +86,7 @@ KILLED = """
     from carvana import training
     if __name__ == "__main__":
         training.SAVE_MINUTES = 0  # a state after every step
-        state = fold_of(Path({data!r}), Path({run!r}), epochs=4, amp={amp!r})
+        state = fold_of(Path({data!r}), Path({run!r}), epochs=4, optimizer="nmuon", amp={amp!r})
         save = state.save
         def counted():
             save()
@@ -98,14 +98,16 @@ KILLED = """
 
 
 def test_training_killed_at_three_points_ends_in_the_same_weights(shared_competition, tmp_path, workers=2):
-    whole = fold_of(shared_competition, tmp_path / "whole", epochs=4)
+    whole = fold_of(shared_competition, tmp_path / "whole", epochs=4, optimizer="nmuon")
     expected = training.train(whole, workers=workers)
     for step in (1, 3, 7):
         facts = {"tests": str(Path(__file__).parent), "data": str(shared_competition), "run": str(tmp_path / "cut")}
         code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, amp="no")
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
-    history = training.train(fold_of(shared_competition, tmp_path / "cut", epochs=4), workers=workers)
+    history = training.train(
+        fold_of(shared_competition, tmp_path / "cut", epochs=4, optimizer="nmuon"), workers=workers
+    )
     pd.testing.assert_frame_equal(history.drop(columns="seconds"), expected.drop(columns="seconds"))
     for name in ("best", "last"):
         made, wanted = (load_file(tmp_path / run / "fold0" / f"{name}.safetensors") for run in ("cut", "whole"))
