@@ -2,6 +2,7 @@
 
 Usual: PIL decodes the whole JPEG and resizes it, PIL reads the GIF, both become float64 arrays in NCHW, a random flip.
 Ours: the package's loader with the same flip, from the cache and without it, up to the same normalised float batch.
+The allocator is that of a run for both.
 
 python bench/loader.py [--data FOLDER]        (default: a demo competition of full-size photographs, made on the fly)
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, write
+from common import machine, tame_allocator, write
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     data = parser.parse_args().data
+    tame_allocator()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if data is None:

@@ -42,7 +42,10 @@ class Decoded(Sequence):
 
 
 class Cached(Sequence):
-    """The same from one memory-mapped file of (n, height, width, 4) uint8, the target being the fourth channel."""
+    """The same from one memory-mapped file of (n, 4, height, width) uint8, each item in one piece.
+
+    The first three quarters of an item are the picture as (height, width, 3), the last is the target.
+    """
 
     def __init__(self, path: Path):
         self.path, self.key = path, path.stem
@@ -53,9 +56,9 @@ class Cached(Sequence):
         return len(self.array)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Copy one picture and its target out of the file."""
+        """One picture and its target, not copied, so not to be written to."""
         item = self.array[i]
-        return item[..., :3], item[..., 3]
+        return item[:3].reshape(*item.shape[1:], 3), item[3]
 
     def __reduce__(self):
         """A copy for another process maps the file again."""
@@ -80,7 +83,7 @@ def cached(source: Decoded, folder: Path) -> Sequence:
 
 def _build(source: Decoded, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
-    shape = len(source), source.height, source.width, 4
+    shape = len(source), 4, source.height, source.width
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         with temporary.open("r+b") as file:  # a disk that fills later would end the process without a word
@@ -92,7 +95,7 @@ def _build(source: Decoded, path: Path) -> None:
         ) from error
     items = overlapped(source.__getitem__, ((i,) for i in range(len(source))))  # the decoder releases the interpreter
     for i, (image, target) in enumerate(progress(items, "caching", total=len(source))):
-        array[i, ..., :3], array[i, ..., 3] = image, target
+        array[i, :3].reshape(-1)[:], array[i, 3] = image.reshape(-1), target
     array.flush()
     temporary.replace(path)
 
@@ -112,7 +115,7 @@ class TrainingPictures(Dataset):
         row = int(self.rows[i])
         image, target = self.source[row]
         self.augment.set_random_seed(int(np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]))
-        made = self.augment(image=np.ascontiguousarray(image), mask=np.ascontiguousarray(target))
+        made = self.augment(image=np.array(image), mask=np.array(target))
         return torch.from_numpy(made["image"]), torch.from_numpy(made["mask"]), row
 
 
