@@ -131,4 +131,4 @@ def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     below, right = height - image.shape[0], width - image.shape[1]
     if not below and not right:
         return image
-    return np.pad(image, [(0, below), (0, right)] + [(0, 0)] * (image.ndim - 2), mode="edge")
+    return cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REPLICATE)
