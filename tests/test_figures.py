@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import simplejpeg
 
-from carvana import figures, overlays, photos, rle
+from carvana import figures, overlays, photos, rle, score_figures
 
 HEIGHT, WIDTH = 40, 60
 
@@ -85,13 +85,40 @@ def test_areas_names_the_views_with_most_and_least_car():
     assert title(right) == "Cars: 10.4% to 10.4%"
 
 
-def test_mean_mask_averages_the_masks_of_each_view(pictures):
+def test_mean_mask_shows_mean_and_spread_of_each_view(pictures):
     figure = draw(figures.mean_mask(pictures))
-    assert len(images(figure)) == 16
-    mean = images(figure)[0].images[0].get_array()
+    shown = [ax for ax in images(figure) if ax.get_title()]
+    assert [ax.get_title() for ax in shown[15:17]] == ["view 16: mean", "view 1: spread"]
+    mean, spread = (shown[at].images[0].get_array() for at in (0, 16))
     assert mean.shape == (5, 8)  # an eighth of 40 x 60, rounded
     assert mean.mean() == pytest.approx((100 + 400) / 2 / 2400, abs=0.003)
-    assert figure.get_suptitle().endswith("always is")
+    assert spread.max() == pytest.approx(0.5)  # where one of the two cars is: values 0 and 1
+    assert figure.get_suptitle().endswith("cars differ most in view 1")
+
+
+def test_areas_by_make_joins_rare_makes_and_keeps_cars_without_one():
+    sizes = {"a": 10, "b": 12, "c": 20, "d": 30, "e": 25}
+    pictures = table({(car, 1): square(0, 0, size) for car, size in sizes.items()})
+    makes = pd.Series({"a": "Audi", "b": "Audi", "c": "BMW", "d": "", "z": "Ford"})  # e is in no table
+    (ax,) = draw(figures.areas_by_make(pictures, makes, shown=1)).axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["Audi (2)", "other makes (1)", "unknown (2)"]
+    assert title(ax) == "Makes go from Audi (5.1%) to Audi (5.1%), cars from 4.2% to 37.5%"  # 122 of 2400 pixels
+    (ax,) = draw(figures.areas_by_make(pictures, makes[:0])).axes
+    assert (title(ax), ax.get_yticklabels()[0].get_text()) == ("0 of 5 cars have a known make", "unknown (5)")
+
+
+def test_contrast_is_the_distance_of_a_cars_colour_from_the_walls(tmp_path):
+    pictures = table({(car, 1): square(10, 20, 20) for car in "abc"})
+    for car, grey in (("a", 0), ("b", 255), ("c", 210)):
+        image = np.where(square(10, 20, 20), grey, 255).astype(np.uint8)
+        (tmp_path / f"{car}_01.jpg").write_bytes(simplejpeg.encode_jpeg(np.stack([image] * 3, -1).copy(), quality=98))
+    found = overlays.wall_contrast(photos.Archive(tmp_path, ".jpg"), pictures)
+    assert found.index.tolist() == ["b", "c", "a"]  # nearest first
+    assert found.loc["a", "contrast"] == pytest.approx(100, abs=2)  # black on white
+    assert found.loc["b", "contrast"] < 2
+    assert found.loc["c", ["red", "green", "blue"]].tolist() == pytest.approx([210 / 255] * 3, abs=0.02)
+    (ax,) = draw(overlays.contrasts(found)).axes
+    assert title(ax) == "1 of 3 cars have a colour within 15 of the wall's"
 
 
 def test_oddities_find_patch_gap_and_area_and_where_they_are():
@@ -178,15 +205,15 @@ def test_overlays_crop_around_the_car_in_the_shape_of_the_picture(archive):
 
 
 def test_dice_by_view_and_by_car_name_the_worst():
-    (ax,) = draw(figures.dice_by_view(scores())).axes
+    (ax,) = draw(score_figures.dice_by_view(scores())).axes
     assert title(ax) == "Hardest is view 2 with 0.700000, easiest view 1 with 0.800000"
-    (ax,) = draw(figures.dice_by_car(scores())).axes
+    (ax,) = draw(score_figures.dice_by_car(scores())).axes
     assert title(ax) == "70% of all lost Dice is lost on the worst 1 of 2 cars"  # 0.35 of 0.15 + 0.35
     assert ax.texts[0].get_text() == "b  0.650000"
 
 
 def test_error_parts_tell_how_much_is_at_the_edge():
-    (ax,) = draw(figures.error_parts(scores())).axes
+    (ax,) = draw(score_figures.error_parts(scores())).axes
     assert title(ax) == "50% of the wrong pixels lie within 3 pixels of the true edge"
     assert ax.texts[0].get_text() == "30.0%, 30 pixels a picture"
     assert len(ax.patches) == 5
@@ -196,20 +223,20 @@ def test_error_parts_tell_how_much_is_at_the_edge():
     "dice", [(0.9, 0.8, 0.7, 0.6), (1, 1, 1, 1), (0, 1, 0.5, 0.5), (0.9951, 0.9952, 0.9953, 0.9954)]
 )
 def test_charts_of_scores_bear_perfect_and_empty_predictions(dice):
-    (ax,) = draw(figures.dice_distribution(scores(dice))).axes
+    (ax,) = draw(score_figures.dice_distribution(scores(dice))).axes
     assert f"{np.median(dice):.6f}" in title(ax)
     assert len(ax.get_xticks()) >= 2
-    draw(figures.dice_by_car(scores(dice)))
-    draw(figures.dice_by_view(scores(dice)))
+    draw(score_figures.dice_by_car(scores(dice)))
+    draw(score_figures.dice_by_view(scores(dice)))
 
 
 def test_gains_count_only_what_is_sure():
     rows = [("none", 0.9, 0.92, 0.02, 0.01, 0.03, 4), ("a", 0.91, 0.92, 0.01, -0.01, 0.03, 4)]
     found = pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "pictures"])
-    (ax,) = draw(figures.gains(found)).axes
+    (ax,) = draw(score_figures.gains(found)).axes
     assert title(ax) == "The ensemble is surely better than 1 of 2 simpler variants"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["over a", "over none"]
-    (ax,) = draw(figures.gains(found[:0])).axes
+    (ax,) = draw(score_figures.gains(found[:0])).axes
     assert title(ax) == "Nothing to compare"
 
 
@@ -220,7 +247,7 @@ def test_test_areas_count_what_lies_outside_the_training_range():
 
 
 def test_a_saved_figure_is_a_png_and_is_handed_back_to_be_shown(tmp_path):
-    figure = figures.dice_by_view(scores())
+    figure = score_figures.dice_by_view(scores())
     assert figures.save(figure, tmp_path / "figures" / "views.png") is figure
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["views.png"]
     assert (tmp_path / "figures" / "views.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from carvana import metrics, rle
+from carvana import rle
 from carvana.files import atomic
 from carvana.folds import HOLDOUT
 from carvana.grid import resize
@@ -55,7 +55,7 @@ def fold_colour(fold: int) -> str:
 
 def areas(pictures: pd.DataFrame) -> Figure:
     """Share of the picture that is car: a box for every view, and the distribution over cars."""
-    figure, (left, right) = _charts(1, 2, 3.8, width_ratios=[2, 1])
+    figure, (left, right) = charts(1, 2, 3.8, width_ratios=[2, 1])
     views, cars = pictures.groupby("view")["area"], pictures.groupby("car")["area"].mean()
     look = {"boxprops": {"facecolor": TRUE, "alpha": 0.5}, "medianprops": {"color": "black"}}
     left.boxplot([area for _, area in views], widths=0.6, patch_artist=True, flierprops={"markersize": 3}, **look)
@@ -63,29 +63,63 @@ def areas(pictures: pd.DataFrame) -> Figure:
     middle = views.median()
     least, most = middle.idxmin(), middle.idxmax()
     title = f"View {most} shows most car ({middle[most]:.1%}), view {least} least ({middle[least]:.1%})"
-    _label(left, title, "view", "area of the mask (share of the picture)", percent="y")
+    label(left, title, "view", "area of the mask (share of the picture)", percent="y")
     right.hist(cars, bins=min(30, max(5, len(cars) // 4)), color=TRUE, edgecolor="white")
-    _label(right, f"Cars: {cars.min():.1%} to {cars.max():.1%}", "mean area over a car's views", "cars", percent="x")
+    label(right, f"Cars: {cars.min():.1%} to {cars.max():.1%}", "mean area over a car's views", "cars", percent="x")
+    return figure
+
+
+def areas_by_make(pictures: pd.DataFrame, makes: pd.Series, shown: int = 14) -> Figure:
+    """A car's mean area, a dot each, by make; the `shown` commonest, then all others together.
+
+    makes: make by car; cars that are not in it or have an empty one are drawn as unknown.
+    """
+    cars = pictures.groupby("car")["area"].mean()
+    make = makes.reindex(cars.index).fillna("").replace("", "unknown")
+    common = make[make != "unknown"].value_counts().index[:shown]
+    make = make.where(make.isin([*common, "unknown"]), "other makes")
+    order = sorted(common, key=lambda name: cars[make == name].median())
+    order += [name for name in ("other makes", "unknown") if (make == name).any()]
+    figure, (ax,) = charts(1, 1, 1.3 + 0.26 * len(order))
+    for at, name in enumerate(order):
+        own = cars[make == name]
+        ax.plot(own, np.full(len(own), at), "o", markersize=5, alpha=0.6, color=TRUE if name in common else DATA)
+        ax.vlines(own.median(), at - 0.35, at + 0.35, color="black", linewidth=1.5)
+    ax.set_yticks(range(len(order)), [f"{name} ({(make == name).sum()})" for name in order])
+    title = f"{make.ne('unknown').sum()} of {len(cars)} cars have a known make"
+    if common.size:
+        least, most = (f"{name} ({cars[make == name].median():.1%})" for name in (order[0], order[common.size - 1]))
+        title = f"Makes go from {least} to {most}, cars from {cars.min():.1%} to {cars.max():.1%}"
+    label(ax, title, "a car's mean area (share of the picture); line: middle of the make", percent="x")
     return figure
 
 
 def mean_mask(pictures: pd.DataFrame) -> Figure:
-    """For every view, in how many pictures each place is car."""
+    """For every view the share of cars that cover each place, and below it their spread (one sigma)."""
     height, width = (max(1, round(pictures[side].median() / 8)) for side in ("height", "width"))
-    means = {}
-    for view, rows in pictures.groupby("view"):
-        masks = (rle.decode(row.rle, row.height, row.width).astype(np.float32) for row in rows.itertuples())
-        means[view] = sum(resize(mask, height, width) for mask in masks) / len(rows)
-    every = np.stack(list(means.values()))
+    views = {view: _mean_and_spread(rows, height, width) for view, rows in pictures.groupby("view")}
+    every = np.stack([mean for mean, _ in views.values()])
     never, always = (every.max(0) == 0).mean(), (every.min(0) > 0.999).mean()
-    text = f"{never:.0%} of the picture is never car, {always:.1%} always is"
-    figure, axes = panels(len(means), 8, height / width, text, line=0.35, foot=0.7)
-    for ax, (view, mean) in zip(axes, means.items(), strict=False):
-        shown = ax.imshow(mean, cmap="cividis", vmin=0, vmax=1)
-        ax.set_title(f"view {view}", fontsize=TEXT - 1)
-    bar = figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=50, shrink=0.6, format=PercentFormatter(1))
-    bar.set_label("cars that cover the place", fontsize=TEXT)
+    most = max(views, key=lambda view: views[view][1].mean())
+    text = f"{never:.0%} of the picture is never car, {always:.1%} always is; cars differ most in view {most}"
+    columns = min(8, len(views))
+    half = -(-len(views) // columns) * columns  # panels of the means; the spreads start a row of their own
+    figure, axes = panels(2 * half, columns, height / width, text, line=0.35, foot=0.7)
+    looks = ("mean", "cividis", 1, "cars that cover the place"), ("spread", "magma", 0.5, "spread among cars (sigma)")
+    for i, (name, colours, top, words) in enumerate(looks):
+        for ax, (view, maps) in zip(axes[i * half :], views.items(), strict=False):
+            shown = ax.imshow(maps[i], cmap=colours, vmin=0, vmax=top)
+            ax.set_title(f"view {view}: {name}", fontsize=TEXT - 1.5)
+        side = [ax for at, ax in enumerate(axes) if (at % columns >= columns // 2) == i] or axes
+        bar = figure.colorbar(shown, ax=side, orientation="horizontal", aspect=30, format=PercentFormatter(1))
+        bar.set_label(words, fontsize=TEXT - 1)
     return figure
+
+
+def _mean_and_spread(rows: pd.DataFrame, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    masks = (rle.decode(row.rle, row.height, row.width).astype(np.float32) for row in rows.itertuples())
+    stack = np.stack([resize(mask, height, width) for mask in masks])
+    return stack.mean(0), stack.std(0)
 
 
 def oddities(pictures: pd.DataFrame) -> pd.DataFrame:
@@ -120,36 +154,36 @@ def fold_balance(pictures: pd.DataFrame, folds: pd.DataFrame) -> Figure:
     fold_of = pictures["car"].map(folds.set_index("car")["fold"])
     sizes, means = fold_of.value_counts().sort_index(), pictures.groupby(fold_of)["area"].mean()
     names = ["held out" if fold == HOLDOUT else str(fold) for fold in sizes.index]
-    figure, (left, right) = _charts(1, 2, 3.6)
+    figure, (left, right) = charts(1, 2, 3.6)
     left.bar_label(left.bar(names, sizes, color=[fold_colour(fold) for fold in sizes.index]), fontsize=TEXT - 1)
     left.margins(y=0.12)
     kept = sizes[sizes.index != HOLDOUT]
-    _label(left, f"Folds hold {kept.min()} to {kept.max()} pictures", "fold", "pictures")
+    label(left, f"Folds hold {kept.min()} to {kept.max()} pictures", "fold", "pictures")
     for at, (fold, rows) in enumerate(pictures.groupby(fold_of)):
         cars = rows.groupby("car")["area"].mean().sort_values()
         right.plot(at + np.linspace(-0.25, 0.25, len(cars)), cars, "o", markersize=3.5, color=fold_colour(fold))
         right.hlines(means[fold], at - 0.35, at + 0.35, color="black", linewidth=1.5)
     right.set_xticks(range(len(names)), names)
     title = f"Mean areas lie between {means.min():.1%} and {means.max():.1%}"
-    _label(right, title, "fold", "a car's area (share of the picture)", percent="y")
+    label(right, title, "fold", "a car's area (share of the picture)", percent="y")
     return figure
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, Dice, IoU and learning rate of one fold against epochs, from the untrained network at epoch 0 on."""
-    figure, (loss, dice, iou, lr) = _charts(2, 2, 5.6)
+    figure, (loss, dice, iou, lr) = charts(2, 2, 5.6)
     epochs, losses, best = history["epoch"], history["loss"].dropna(), history.loc[history["dice"].idxmax()]
     for ax, name, text in ((dice, "dice", "Dice"), (iou, "iou", "IoU")):
-        values = _inside(history[name])
+        values = inside(history[name])
         ax.plot(epochs, values, "o-", color=PREDICTED, markersize=4)
         ax.plot(epochs[:1], values[:1], "o", color="white", markeredgecolor=PREDICTED, label="untrained")
         ax.axvline(best["epoch"], color=MARK, linewidth=2, zorder=0, label=f"best Dice, epoch {best['epoch']:g}")
         ax.legend(fontsize=TEXT - 1.5, loc="lower right")
         title = f"Best {text} {best[name]:.6f}, untrained {history[name].iloc[0]:.6f}"
-        _label(ax, title, "epoch", f"mean {text} (logit scale)", scores={"y": values})
+        label(ax, title, "epoch", f"mean {text} (logit scale)", scores={"y": values})
     fell = f"Loss goes from {losses.iloc[0]:.4f} to {losses.iloc[-1]:.4f}" if len(losses) else "No loss yet"
-    _label(loss, fell, "epoch", "mean training loss")
-    _label(lr, f"Learning rate is at most {history['lr'].max():.2g}", "epoch", "learning rate")
+    label(loss, fell, "epoch", "mean training loss")
+    label(lr, f"Learning rate is at most {history['lr'].max():.2g}", "epoch", "learning rate")
     for ax, name in ((loss, "loss"), (lr, "lr")):
         ax.plot(epochs, history[name], "o-", color=DATA, markersize=4)
     for ax in (loss, dice, iou, lr):
@@ -158,81 +192,9 @@ def training_curves(history: pd.DataFrame) -> Figure:
     return figure
 
 
-def dice_by_view(scores: pd.DataFrame) -> Figure:
-    """Mean Dice of every view with its 95 % interval over cars."""
-    figure, (ax,) = _charts(1, 1, 3.4)
-    views = scores.groupby("view")
-    means, lows, highs = np.array([metrics.mean_over_cars(rows["dice"], rows["car"]) for _, rows in views]).T
-    ax.errorbar(range(len(views)), means, [means - lows, highs - means], **_DOTS)
-    ax.set_xticks(range(len(views)), list(views.groups))
-    worst, best = list(views.groups)[means.argmin()], list(views.groups)[means.argmax()]
-    title = f"Hardest is view {worst} with {means.min():.6f}, easiest view {best} with {means.max():.6f}"
-    _label(ax, title, "view", "mean Dice, 95 % interval over cars")
-    return figure
-
-
-def dice_by_car(scores: pd.DataFrame, named: int = 5) -> Figure:
-    """Mean Dice of every car, sorted, the worst `named` (at most a third of all) by name."""
-    figure, (ax,) = _charts(1, 1, 3.8)
-    cars = scores.groupby("car")["dice"].mean().sort_values()
-    worst = cars.head(max(1, min(named, len(cars) // 3)))
-    values, at = _inside(cars), np.arange(1, len(cars) + 1)
-    ax.plot(at, values, "o", color=PREDICTED, markersize=5)
-    ax.plot(at[: len(worst)], values[: len(worst)], "o", color=MARK, markersize=7)
-    listed = "\n".join(f"{car}  {dice:.6f}" for car, dice in worst.items())
-    ax.text(0.98, 0.06, listed, transform=ax.transAxes, ha="right", fontsize=TEXT - 1, family="monospace")
-    share = (1 - worst).sum() / max((1 - cars).sum(), 1e-12)
-    title = f"{share:.0%} of all lost Dice is lost on the worst {len(worst)} of {len(cars)} cars"
-    _label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)", scores={"y": values})
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def error_parts(scores: pd.DataFrame) -> Figure:
-    """What the wrong pixels are made of, by distance from the true edge."""
-    figure, (ax,) = _charts(1, 1, 3)
-    pixels = scores[list(PARTS)].mean()
-    shares = pixels / max(pixels.sum(), 1e-12)
-    bars = ax.barh(list(PARTS.values()), shares, color=[*EDGES, MISSED, EXTRA])
-    texts = [f"{share:.1%}, {count:,.0f} pixels a picture" for share, count in zip(shares, pixels, strict=True)]
-    ax.bar_label(bars, texts, fontsize=TEXT - 1, padding=3)
-    ax.set_xlim(0, max(shares.max(), 0.01) * 1.45)
-    ax.invert_yaxis()
-    title = f"{shares[['edge_1', 'edge_3']].sum():.0%} of the wrong pixels lie within 3 pixels of the true edge"
-    _label(ax, title, "share of the wrong pixels", percent="x")
-    return figure
-
-
-def dice_distribution(scores: pd.DataFrame) -> Figure:
-    """Dice of all pictures."""
-    figure, (ax,) = _charts(1, 1, 3.2)
-    values, middle, tail = _inside(scores["dice"]), scores["dice"].median(), scores["dice"].quantile(0.05)
-    logits = np.log(values / (1 - values))
-    edges = np.linspace(logits.min() - 0.05, logits.max() + 0.05, min(41, 6 + len(values) // 8))
-    ax.hist(values, bins=1 / (1 + np.exp(-edges)), color=PREDICTED, edgecolor="white")
-    ax.axvline(_inside([middle])[0], color=MARK, linewidth=2)
-    title = f"Half of the pictures reach {middle:.6f}, one in twenty stays below {tail:.6f}"
-    _label(ax, title, "Dice of a picture (logit scale)", "pictures", scores={"x": values})
-    return figure
-
-
-def gains(table: pd.DataFrame) -> Figure:
-    """What the ensemble gains over each simpler variant, with paired 95 % intervals; table of evaluation.gains."""
-    figure, (ax,) = _charts(1, 1, 1.4 + 0.4 * max(1, len(table)))
-    table = table.sort_values("gain", ignore_index=True)
-    reach = [table["gain"] - table["low"], table["high"] - table["gain"]]
-    ax.errorbar(table["gain"], table.index, xerr=reach, **_DOTS)
-    ax.set_yticks(table.index, "over " + table["variant"])
-    ax.set_ylim(-0.5, max(1, len(table)) - 0.5)
-    ax.axvline(0, color="black", linewidth=1)
-    title = f"The ensemble is surely better than {(table['low'] > 0).sum()} of {len(table)} simpler variants"
-    _label(ax, title if len(table) else "Nothing to compare", "gain in mean Dice, 95 % interval over cars")
-    return figure
-
-
 def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
     """Predicted areas of test pictures against areas of training masks; `area` of both tables is a share."""
-    figure, (ax,) = _charts(1, 1, 3.2)
+    figure, (ax,) = charts(1, 1, 3.2)
     bins = np.linspace(0, max(test["area"].max(), train["area"].max(), 0.01), 41)
     for table, colour, text in ((train, TRUE, "training masks"), (test, PREDICTED, "predicted test masks")):
         shares = np.full(len(table), 1 / len(table))
@@ -242,11 +204,11 @@ def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
     beyond = (~test["area"].between(train["area"].min(), train["area"].max())).sum()
     middles = f"{test['area'].median():.1%} against {train['area'].median():.1%}"
     title = f"Middle area {middles} in training; {beyond} of {len(test)} outside the training range"
-    _label(ax, title, "area of the mask (share of the picture)", "share of the pictures", percent="xy")
+    label(ax, title, "area of the mask (share of the picture)", "share of the pictures", percent="xy")
     return figure
 
 
-_DOTS = {"fmt": "o", "color": PREDICTED, "ecolor": DATA, "capsize": 3, "markersize": 6}
+DOTS = {"fmt": "o", "color": PREDICTED, "ecolor": DATA, "capsize": 3, "markersize": 6}
 
 
 def panels(count, columns, aspect, text: str, line: float = 0.25, foot: float = 0) -> tuple[Page, list[Axes]]:
@@ -261,7 +223,8 @@ def panels(count, columns, aspect, text: str, line: float = 0.25, foot: float = 
     return figure, axes
 
 
-def _charts(rows: int, columns: int, height: float, **layout) -> tuple[Page, list[Axes]]:
+def charts(rows: int, columns: int, height: float, **layout) -> tuple[Page, list[Axes]]:
+    """Axes of the suite's look in a page of `height` inches; layout: of matplotlib's subplots."""
     figure = Page(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
     for ax in axes:
@@ -272,7 +235,7 @@ def _charts(rows: int, columns: int, height: float, **layout) -> tuple[Page, lis
     return figure, axes
 
 
-def _label(ax: Axes, title: str, x: str, y: str = "", percent: str = "", scores: dict | None = None) -> None:
+def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "", scores: dict | None = None) -> None:
     """Title and axes; percent: axes that show shares; scores: axes on a logit scale, with the values on them.
 
     The logit scale leaves room for 0.99 and for 0.999; it is labelled with plain scores.
@@ -295,6 +258,6 @@ def _label(ax: Axes, title: str, x: str, y: str = "", percent: str = "", scores:
         axis.set_minor_locator(NullLocator())
 
 
-def _inside(values: Iterable[float]) -> np.ndarray:
+def inside(values: Iterable[float]) -> np.ndarray:
     """Scores as a logit scale can show them: strictly between 0 and 1."""
     return np.clip(np.asarray(values, dtype=float), 1e-3, 1 - 1e-5)

@@ -1,5 +1,7 @@
 """Figures made of photographs with their masks drawn on, in the colours of `figures`."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from carvana import rle
-from carvana.figures import EXTRA, MARK, MISSED, PREDICTED, TEXT, TRUE, panels
+from carvana.figures import EXTRA, MARK, MISSED, PREDICTED, TEXT, TRUE, charts, label, panels
 from carvana.grid import Grid, resize
 from carvana.photos import Archive, full_picture, picture
 
@@ -23,6 +25,48 @@ def turntable(photos: Archive, pictures: pd.DataFrame, car: str) -> Figure:
     figure, axes = panels(len(views), 4, low["height"] / low["width"], f"Car {car} covers {span}")
     for ax, row in zip(axes, views.itertuples(), strict=False):
         _outlined(ax, *_reduced(photos, row), TRUE, f"view {row.view}: {row.area:.1%} car")
+    return figure
+
+
+def wall_contrast(photos: Archive, pictures: pd.DataFrame) -> pd.DataFrame:
+    """How far each car's colour is from the wall's: a row per car (index), nearest first.
+
+    Columns: contrast, the distance in CIELAB (1 is just visible, 100 black to white) between the median colours inside
+    and outside the mask, in the middle over its views; red, green, blue of the car and wall_red, ... (0 to 1).
+    """
+    with ThreadPoolExecutor() as pool:
+        rows = pool.map(lambda row: _colours(*_reduced(photos, row, 160)), pictures.itertuples())
+        colours = pd.DataFrame(list(rows), index=pictures.index)
+    parts = [colours.iloc[:, i : i + 3].to_numpy(np.float32)[None] for i in (0, 3)]
+    inside, outside = (cv2.cvtColor(part, cv2.COLOR_RGB2LAB)[0] for part in parts)
+    contrast = pd.Series(np.linalg.norm(inside - outside, axis=1), pictures.index, name="contrast")
+    return pd.concat([contrast, colours], axis=1).groupby(pictures["car"]).median().sort_values("contrast")
+
+
+def _colours(image: np.ndarray, soft: np.ndarray) -> dict[str, float]:
+    """Median colours where a picture is surely car and surely wall, 0 to 1."""
+    found = {}
+    for prefix, place in (("", soft > 0.99), ("wall_", soft < 0.01)):
+        pixels = image[place] if place.any() else image.reshape(-1, 3)
+        middle = np.median(pixels, axis=0) / 255
+        found |= {f"{prefix}{name}": value for name, value in zip(("red", "green", "blue"), middle, strict=True)}
+    return found
+
+
+def contrasts(cars: pd.DataFrame, near: float = 15, named: int = 5) -> Figure:
+    """Each car of `wall_contrast` as a dot of its own colour on the wall's, nearest to the wall first."""
+    figure, (ax,) = charts(1, 1, 3.8)
+    at, close = np.arange(1, len(cars) + 1), cars["contrast"] < near
+    ax.set_facecolor(tuple(cars[["wall_red", "wall_green", "wall_blue"]].median()))
+    ax.scatter(
+        at, cars["contrast"], s=60, c=cars[["red", "green", "blue"]].to_numpy(), edgecolors="black", linewidths=0.4
+    )
+    ax.axhline(near, color=MARK, linewidth=2)
+    ax.set_ylim(0, 1.08 * cars["contrast"].max())
+    listed = "nearest\n" + "\n".join(f"{car}  {value:.1f}" for car, value in cars["contrast"].head(named).items())
+    ax.text(0.02, 0.94, listed, transform=ax.transAxes, va="top", fontsize=TEXT - 1, family="monospace")
+    title = f"{close.sum()} of {len(cars)} cars have a colour within {near:g} of the wall's"
+    label(ax, title, "cars, nearest to the wall's colour first", "distance from the wall's colour (CIELAB)")
     return figure
 
 
