@@ -1,12 +1,15 @@
 """A tiny competition in the real layout, a recipe that trains on it in seconds, and where real photographs are."""
 
+import base64
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fake_kaggle import KEY, NAMES, USER, guarded, zipped
 from PIL import Image
 
 from carvana import models, photos, rle
@@ -95,3 +98,20 @@ def members(tmp_path_factory) -> list[Path]:
 def tests(shared_competition) -> photos.Archive:
     """Photographs to predict."""
     return photos.photographs(shared_competition, "train")
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path, capfd):
+    naps = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    with guarded(monkeypatch, tmp_path) as fake:
+        fake.naps = naps
+        fake.files |= {name: zipped() for name in NAMES}
+        yield fake
+    for request in fake.requests:
+        basic = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
+        wanted = (None,) if request.name in ("storage", "upload") else (basic, f"Bearer {KEY}")
+        assert request.headers.get("Authorization") in wanted  # the key goes to the service alone
+    shown = capfd.readouterr()
+    assert KEY not in shown.out + shown.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

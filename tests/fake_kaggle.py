@@ -9,19 +9,27 @@ that lead nowhere, and sockets that refuse every address but the own machine.
 """
 
 import contextlib
+import io
 import json
 import os
-import socket
 import threading
+import zipfile
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from confined.sitecustomize import block_network
+
+from carvana import transfer
+from carvana.files import UserError
 
 USER, KEY = "tester", "0f00ba12SECRETKEYdeadbeef"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CHUNK = 1 << 20  # the client writes chunks of this size: a body cut earlier leaves nothing on the disk
+CONFINED = Path(__file__).parent / "confined"
+CHUNK = 1 << 20
+
+NAMES = ("train.zip", *transfer.TABLES, "test.zip")
 
 
 class Request(NamedTuple):
@@ -44,8 +52,12 @@ class FakeKaggle:
         self.verdict = {"status": "COMPLETE", "publicScore": "0.997012", "privateScore": "0.996543"}
         self.pending = 1  # looks until the verdict
         self.limits = {"numToday": 1, "numTotal": 7, "numAllowedNow": 4}
+        self.stored = bytearray()  # of the upload under way
         self.uploaded: list[bytes] = []
+        self.resumable, self.turn = True, 0
+        self.score = lambda file: self.verdict  # of an uploaded file
         self.at_once = 1 << 40  # bytes until the line breaks
+        self.sent = self.received = 0  # bytes of files from and to the storage
         self.port = 0
         self.stalled = threading.Event()  # set at the end, so that no thread is left behind
 
@@ -67,11 +79,13 @@ class FakeKaggle:
         return {"files": page, "nextPageToken": str(first + self.page_size) if more else ""}
 
     def startsubmissionupload(self, body: dict) -> dict:
+        self.stored.clear()
         return {"token": "blob-1", "createUrl": f"http://localhost:{self.port}/upload/1?signature=abc"}
 
     def createsubmission(self, body: dict) -> dict:
         ref = 1000 + len(self.submissions)
-        self.submissions.insert(0, {"ref": ref, "description": body["submissionDescription"], "looks": 0})
+        entry = {"ref": ref, "description": body["submissionDescription"], "looks": 0}
+        self.submissions.insert(0, entry | {"verdict": self.score(self.uploaded[-1])})
         return {"message": "Successfully submitted", "ref": ref}
 
     def listsubmissions(self, body: dict) -> dict:
@@ -80,7 +94,7 @@ class FakeKaggle:
         return {"submissions": [self.shown(entry) for entry in self.submissions]}
 
     def shown(self, entry: dict) -> dict:
-        verdict = self.verdict if entry["looks"] > self.pending else {"status": "PENDING"}
+        verdict = entry["verdict"] if entry["looks"] > self.pending else {"status": "PENDING"}
         return {"ref": entry["ref"], "description": entry["description"], **verdict}
 
     def getsubmissionlimits(self, body: dict) -> dict:
@@ -149,10 +163,32 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(reply).encode())
 
     def do_PUT(self):
-        body = self.note("upload")
-        if not self.go_wrong(self.fake.fault("upload")):
-            self.fake.uploaded.append(body)
-            self.answer(200, b"")
+        """Storage that takes a file, also in pieces: `Content-Range: bytes */SIZE` asks what is there."""
+        asked, length = self.headers.get("Content-Range", ""), int(self.headers["Content-Length"])
+        fault, stored = self.fake.fault("upload"), self.fake.stored
+        self.fake.requests.append(Request("PUT", "upload", dict(self.headers), b""))
+        if self.go_wrong(fault):
+            self.close_connection = True  # the body was not read
+            return
+        if asked.startswith("bytes */") and not self.fake.resumable:
+            self.answer(404, b"")
+            return
+        if not asked.startswith("bytes */"):
+            self.fake.turn = turn = self.fake.turn + 1  # what an older request still has on the way does not count
+            del stored[int(asked[6:].split("-")[0]) if asked else 0 :]
+            left = min(length, int(fault[4:])) if fault.startswith("cut:") else length
+            while left and (piece := self.rfile.read(min(CHUNK // 8, left))) and self.fake.turn == turn:
+                stored += piece
+                left, length = left - len(piece), length - len(piece)
+                self.fake.received += len(piece)
+            if length:
+                self.close_connection = True
+                return
+        if asked and len(stored) < int(asked.rpartition("/")[2]):
+            self.answer(308, b"", **({"Range": f"bytes=0-{len(stored) - 1}"} if stored else {}))
+            return
+        self.fake.uploaded.append(bytes(stored))
+        self.answer(200, b"")
 
     def do_GET(self):
         self.note("storage")
@@ -167,39 +203,28 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(whole[: len(whole) // 2])
             self.close_connection = True
         elif not self.go_wrong(fault):
-            self.send_range(whole, int(fault.removeprefix("cut:")) if fault else len(whole))
+            self.send_range(whole, fault)
 
-    def send_range(self, whole: bytes, stop: int) -> None:
-        """The body from Range on; promised whole, but the line breaks at `stop`."""
+    def send_range(self, whole: bytes, fault: str) -> None:
+        """The body from Range on; promised whole, but the line breaks at "cut:N", or it is not what was asked for."""
         first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        tag = f'"{zlib.crc32(whole)}"'
+        if fault == "whole" or self.headers.get("If-Range", tag) != tag:
+            first = 0
+        first -= 7 * (fault == "shifted")
         self.send_response(206 if first else 200)
-        for name, value in {"ETag": '"v1"', "Accept-Ranges": "bytes", "Content-Type": "application/zip"}.items():
+        for name, value in {"ETag": tag, "Accept-Ranges": "bytes", "Content-Type": "application/zip"}.items():
             self.send_header(name, value)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
         self.send_header("Last-Modified", "Mon, 24 Jul 2017 00:00:00 GMT")
         self.send_header("Content-Length", str(len(whole) - first))
         self.end_headers()
+        stop = int(fault[4:]) if fault.startswith("cut:") else len(whole)
         stop = min(stop, first + self.fake.at_once)
-        self.wfile.write(whole[first:stop])
+        for at in range(first, stop, CHUNK):
+            self.fake.sent += self.wfile.write(whole[at : min(at + CHUNK, stop)])
         self.close_connection = stop < len(whole)
-
-
-def block_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sockets reach the own machine only."""
-
-    def only_loopback(call, host_of):
-        def checked(*values, **options):
-            host = host_of(values)
-            if isinstance(host, bytes):
-                host = host.decode()
-            assert host in (*LOOPBACK, None), f"a test tried to reach {host}"
-            return call(*values, **options)
-
-        return checked
-
-    monkeypatch.setattr(socket, "getaddrinfo", only_loopback(socket.getaddrinfo, lambda values: values[0]))
-    for name in ("connect", "connect_ex"):
-        call = getattr(socket.socket, name)
-        monkeypatch.setattr(socket.socket, name, only_loopback(call, lambda values: values[1][0]))
 
 
 def hide_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -222,10 +247,12 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     hide_credentials(monkeypatch, tmp_path)
     monkeypatch.setenv("KAGGLE_USERNAME", USER)
     monkeypatch.setenv("KAGGLE_KEY", KEY)
-    block_network(monkeypatch)
+    block_network(monkeypatch.setattr)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.fake = fake = FakeKaggle()
     fake.port = server.server_address[1]
+    monkeypatch.setenv("FAKE_KAGGLE_PORT", str(fake.port))  # for the processes that a test starts
+    monkeypatch.setenv("PYTHONPATH", str(CONFINED))
     from kagglesdk import kaggle_env  # has no side effects, unlike kaggle
 
     for name in kaggle_env._env_to_endpoint:
@@ -239,3 +266,19 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def zipped(size: int = 3000) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("picture.jpg", os.urandom(size))
+    return data.getvalue()
+
+
+def refused(expected, call, *values, **options):
+    with pytest.raises(UserError, match=expected) as caught:
+        call(*values, **options)
+    assert "\n" not in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert "signature" not in str(caught.value)
+    return str(caught.value)

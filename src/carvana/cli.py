@@ -81,21 +81,22 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from carvana import kaggle_api
+    from carvana import entry
 
-    kaggle_api.submit(
-        options.file, options.message, options.sample, options.submissions_dir, options.run_name, options.yes,
+    run = options.run_name or options.file.name.partition(".")[0]
+    entry.submit(
+        options.file, options.message, options.sample, options.submissions_dir, run, options.yes,
         options.height, options.width,
     )  # fmt: skip
 
 
 def _ledger(options: argparse.Namespace) -> None:
-    from carvana import kaggle_api, ledger
+    from carvana import entry, ledger
     from carvana.files import resolve
 
     submissions_dir = resolve(options.submissions_dir)
     if not options.offline and ledger.rows(submissions_dir / "ledger.csv"):
-        kaggle_api.refresh(submissions_dir)
+        entry.refresh(submissions_dir)
     table = ledger.beside_runs(submissions_dir, resolve(options.runs_dir))
     print(
         table.to_string(index=False, float_format="{:.6f}".format, na_rep="-") if len(table) else "No submission yet."
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("-m", "--message", required=True)
     submit.add_argument("--yes", action="store_true", help="do not ask")
     submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
-    submit.add_argument("--run-name", default="", help="the run that made the file, for the ledger")
+    submit.add_argument("--run-name", default="", help="that made the file; default: the file's own name")
     _sample_and_size(submit)
 
     ledger = _command(commands, "ledger", _ledger, "list submissions with their scores, refreshed from Kaggle")
