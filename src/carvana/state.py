@@ -22,6 +22,9 @@ from carvana.grid import Grid
 from carvana.models import Segmenter, load_encoder, save_checkpoint
 from carvana.recipe import Recipe, learning_rate, precision
 
+WATCHED = 4  # pictures whose logits are kept after every epoch, so that one sees their edges get sharp
+LOGIT_STEPS = 16  # kept logits are whole sixteenths: (n, height, width) int8, about 20 KB a picture
+
 
 class Fold:
     """One fold in training: networks, optimiser, position and history; everything that state.pt holds."""
@@ -42,6 +45,7 @@ class Fold:
         fold_of = pictures["car"].map(folds.set_index("car")["fold"])
         self.train_rows = np.flatnonzero((fold_of != fold) & (fold_of >= 0))
         self.valid_rows = np.flatnonzero(fold_of == fold)
+        self.watched = self.valid_rows[np.unique(np.linspace(0, len(self.valid_rows) - 1, WATCHED).astype(int))]
         self.data = fingerprint(source.key, folds.to_numpy().tolist(), fold, processes)
         self.accelerator = _accelerator(recipe, fold)
         self.rank = self.accelerator.process_index
@@ -63,6 +67,7 @@ class Fold:
         self.step, self.seconds, self.losses, self.history = 0, 0.0, [], []
         if resumes:
             self.resume()
+        self.speed, self.since = math.nan, (self.step, self.seconds)  # pictures/s, and from where on it is measured
 
     @property
     def finished(self) -> bool:
@@ -82,7 +87,9 @@ class Fold:
 
     def validate(self, rows: np.ndarray) -> tuple[float, float]:
         """Mean Dice and mean IoU of the pictures `rows` at full size."""
-        counted = np.array(list(overlapped(self._count, self._predict(rows)))).reshape(-1, 3).T
+        own = rows[self.rank :: self.processes]
+        predicted = progress(self._predict(own), "validating", total=len(own), disable=self.rank > 0)
+        counted = np.array(list(overlapped(self._count, predicted))).reshape(-1, 3).T
         sums = [metrics.dice(*counted).sum(), metrics.iou(*counted).sum(), counted.shape[1]]
         dice, iou, n = self.accelerator.reduce(torch.tensor(sums, device=self.accelerator.device)).tolist()
         return dice / n, iou / n
@@ -92,19 +99,34 @@ class Fold:
         return broadcast_object_list(list(answers))
 
     def _predict(self, rows: np.ndarray):
-        network, own = self.network().eval(), rows[self.rank :: self.processes]
-        starts = range(0, len(own), self.recipe.batch_size)
-        for first in progress(starts, "validating", "batches", disable=self.rank > 0):
-            rows = own[first : first + self.recipe.batch_size]
-            batch = torch.from_numpy(np.stack([self.source[row][0] for row in rows])).to(self.accelerator.device)
+        network = self.network().eval()
+        for first in range(0, len(rows), self.recipe.batch_size):
+            some = rows[first : first + self.recipe.batch_size]
+            batch = torch.from_numpy(np.stack([self.source[row][0] for row in some])).to(self.accelerator.device)
             with torch.inference_mode(), self.accelerator.autocast():
                 logits = network(batch).float().cpu().numpy()
-            yield from zip(rows, logits, strict=True)
+            yield from zip(some, logits, strict=True)
 
     def _count(self, row: int, logits: np.ndarray) -> tuple[int, int, int]:
         picture = self.pictures.iloc[row]
         grid = Grid(picture["height"], picture["width"], *logits.shape)
         return metrics.counts(grid.enlarge(logits) > 0, rle.decode(picture["rle"], picture["height"], picture["width"]))
+
+    def look(self) -> None:
+        """Write watch/EPOCH.npz, what one wants to see of an epoch that has just ended, before anything is validated.
+
+        losses: (steps,); lr: of the next step; speed: pictures/s of the training alone; logits: of the pictures
+        `watched`, (n, height, width) int8 in sixteenths.
+        """
+        steps, seconds = self.step - self.since[0], self.seconds - self.since[1]
+        self.speed = steps * self.recipe.batch_size * self.processes / seconds if steps else math.nan
+        self.since = self.step, self.seconds
+        if self.rank:
+            return
+        logits = np.stack([logits for _, logits in self._predict(self.watched)]) * LOGIT_STEPS
+        facts = {"losses": self.losses[-self.steps_per_epoch :], "lr": self.lr(), "speed": self.speed}
+        with atomic(self.folder / "watch" / f"{self.step // self.steps_per_epoch:04d}.npz") as file:
+            np.savez_compressed(file, logits=logits.clip(-127, 127).round().astype(np.int8), **facts)
 
     def record(self) -> None:
         """Validate, add a row to the history, and save: weights, history, then the state that makes them count."""
@@ -112,10 +134,11 @@ class Fold:
         rows = self.valid_rows if self.step else self.valid_rows[::8]  # nobody chooses by the untrained network
         dice, iou = self.validate(rows)
         self.seconds += time.monotonic() - started
+        self.since = self.step, self.seconds
         best = max((row["dice"] for row in self.history), default=-1.0)
         row = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
         row |= {"pictures": self.step * self.recipe.batch_size * self.processes}
-        row |= {"seconds": round(self.seconds, 1), "lr": self.lr()}
+        row |= {"seconds": round(self.seconds, 1), "speed": round(self.speed, 2), "lr": self.lr()}
         row |= {"loss": float(np.mean(self.losses)) if self.losses else math.nan, "dice": dice, "iou": iou}
         self.history, self.losses = [*self.history, row], []
         if self.rank:

@@ -27,26 +27,30 @@ READ_EVERY = 20  # steps between two looks at the losses: a look makes the devic
 SAVE_MINUTES = 5  # what a kill can cost
 
 
-def train(fold: Fold, max_hours: float = 0, workers: int = -1) -> pd.DataFrame:
+def train(
+    fold: Fold, max_hours: float = 0, workers: int = -1, watch: Callable[[], None] = lambda: None
+) -> pd.DataFrame:  # fmt: skip
     """Train `fold` to its end, or until `max_hours` are over; returns the history, a row per validation.
 
-    workers: processes that prepare pictures; -1 takes what suits the device.
+    workers: processes that prepare pictures; -1 takes what suits the device. watch: called whenever the fold's folder
+    may hold more to look at; what it takes, the training waits.
     """
     try:
         if fold.processes > 1 and "LOCAL_RANK" not in os.environ:  # which those that are launched have
-            _launch(fold, max_hours, workers)
+            _launch(fold, max_hours, workers, watch)
         else:
-            _train(fold, max_hours, workers)
+            _train(fold, max_hours, workers, watch)
     except torch.OutOfMemoryError as error:
         advice = "Lower batch_size and raise accumulate by as much, or lower height and width."
         raise UserError(f"The device is out of memory. {advice}") from error
     return pd.DataFrame(fold.history)
 
 
-def _train(fold: Fold, max_hours: float, workers: int) -> None:
+def _train(fold: Fold, max_hours: float, workers: int, watch: Callable[[], None]) -> None:
     loss_of, pending, began = loss_named(fold.recipe.loss), [], time.monotonic()
-    if not fold.history:
-        fold.record()  # the untrained network
+    if not fold.history:  # the untrained network
+        fold.look()
+        fold.record()
     saved = clock = time.monotonic()
     for pictures, targets, rows in _bar(fold, _loader(fold, workers)):
         pending.append((_step(fold, loss_of, pictures, targets), rows))
@@ -59,12 +63,16 @@ def _train(fold: Fold, max_hours: float, workers: int) -> None:
             _read_losses(fold, pending)
             pending = []
             fold.seconds, clock = fold.seconds + time.monotonic() - clock, time.monotonic()
+        if not within_epoch:
+            fold.look()
         if not within_epoch and (epoch % fold.recipe.validate_every == 0 or fold.finished):
             fold.record()
             saved = clock = time.monotonic()
         elif time_is_up or save_is_due:
             fold.save()
             saved = time.monotonic()
+        if not within_epoch:
+            watch()
         if time_is_up:
             return
 
@@ -132,7 +140,7 @@ def _read_losses(fold: Fold, pending: list) -> None:
     fold.losses += values
 
 
-def _launch(fold: Fold, max_hours: float, workers: int) -> None:
+def _launch(fold: Fold, max_hours: float, workers: int, watch: Callable[[], None]) -> None:
     """Train with `accelerate launch`, whose processes read the recipe in run.json, then take up their state."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(fold.processes), "--main_process_port", "0", "--mixed_precision", "no"]
@@ -146,6 +154,7 @@ def _launch(fold: Fold, max_hours: float, workers: int) -> None:
                 reason = reason or line.startswith("carvana: ") and line.removeprefix("carvana: ").strip()
                 if not reason:  # what follows is the launcher's own traceback
                     print(line, end="", file=sys.stderr)
+                watch()
         finally:
             process.terminate()
     if process.returncode:
