@@ -52,6 +52,8 @@ class FakeKaggle:
         self.verdict = {"status": "COMPLETE", "publicScore": "0.997012", "privateScore": "0.996543"}
         self.pending = 1  # looks until the verdict
         self.limits = {"numToday": 1, "numTotal": 7, "numAllowedNow": 4}
+        self.dataset: dict = {}
+        self.kernels: list[dict] = []
         self.stored = bytearray()  # of the upload under way
         self.uploaded: list[bytes] = []
         self.resumable, self.turn = True, 0
@@ -99,6 +101,25 @@ class FakeKaggle:
 
     def getsubmissionlimits(self, body: dict) -> dict:
         return self.limits
+
+    def getdatasetstatus(self, body: dict) -> dict:
+        return {"status": "READY"}
+
+    def startblobupload(self, body: dict) -> dict:
+        self.stored.clear()
+        return {"token": body["name"], "createUrl": f"http://localhost:{self.port}/upload/1?signature=abc"}
+
+    def createdataset(self, body: dict) -> dict:
+        self.dataset = body
+        return {"ref": f"{body['ownerSlug']}/{body['slug']}", "status": "Ok"}
+
+    def createdatasetversion(self, body: dict) -> dict:
+        self.dataset = body
+        return {"status": "Ok"}
+
+    def savekernel(self, body: dict) -> dict:
+        self.kernels.append(body)
+        return {"ref": body["slug"], "url": "http://localhost/x", "versionNumber": len(self.kernels), **self.verdict}
 
     def introspecttoken(self, body: dict) -> dict:
         return {"active": True, "username": USER}

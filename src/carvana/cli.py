@@ -90,6 +90,24 @@ def _submit(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _kernel_build(options: argparse.Namespace) -> None:
+    from carvana import kaggle_api, kernels
+
+    user = options.user or kaggle_api.username()
+    kernels.build(options.profile, options.folder, user, options.weights, options.python, not options.no_wheels)
+    size = sum(path.stat().st_size for path in (options.folder / "dataset").iterdir()) / 1e6
+    print(f"{options.folder} is ready, {size:.0f} MB. Next: carvana kernel push {options.folder}")
+
+
+def _kernel_push(options: argparse.Namespace) -> None:
+    from carvana import kernels
+
+    kernel = kernels.push(options.folder, options.resume)
+    name = kernel.rpartition("/")[0]
+    print(f"{kernel} runs on Kaggle. Follow it, then fetch its files, with:")
+    print(f"  kaggle kernels status {name}\n  kaggle kernels logs {name}\n  kaggle kernels output {name} -p output")
+
+
 def _ledger(options: argparse.Namespace) -> None:
     from carvana import entry, ledger
     from carvana.files import resolve
@@ -145,6 +163,19 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
     submit.add_argument("--run-name", default="", help="that made the file; default: the file's own name")
     _sample_and_size(submit)
+
+    kernel = commands.add_parser("kernel", help="run a profile inside Kaggle's notebooks")
+    kernel = kernel.add_subparsers(required=True, metavar="build|push")
+    build = _command(kernel, "build", _kernel_build, "write a folder that `carvana kernel push` takes")
+    build.add_argument("--profile", type=Path, default=Path("profiles/t4x2.yaml"))
+    build.add_argument("--folder", type=Path, default=Path("runs/kernel"))
+    build.add_argument("--user", default="", help="owner on Kaggle; default: that of the credentials")
+    build.add_argument("--weights", type=Path, default="", help="file of encoder weights, since there is no internet")
+    build.add_argument("--python", default="3.12", help="version that Kaggle runs")
+    build.add_argument("--no-wheels", action="store_true", help="trust that Kaggle has all requirements")
+    push = _command(kernel, "push", _kernel_push, "bring the folder to Kaggle and start the run there")
+    push.add_argument("folder", type=Path)
+    push.add_argument("--resume", action="store_true", help="go on from the output of the last version")
 
     ledger = _command(commands, "ledger", _ledger, "list submissions with their scores, refreshed from Kaggle")
     ledger.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")

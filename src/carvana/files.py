@@ -37,6 +37,10 @@ class UserError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+class OutOfTimeError(UserError):
+    """The hours that were given are over; what was done is kept, and the same command goes on."""
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed.

@@ -43,6 +43,14 @@ def credentials_source() -> str:
     return source
 
 
+def username() -> str:
+    """The account's name, as environment or kaggle.json give it; UserError where they do not."""
+    name = os.environ.get("KAGGLE_USERNAME") or _stored_key(_config_file()).get("username")
+    if not name:
+        raise UserError("The name of the Kaggle account is unknown. Give it: --user NAME.")
+    return name
+
+
 def _token_source() -> str | None:
     notebook = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
     if all(os.environ.get(name) for name in notebook) and Path(os.environ[notebook[-1]]).is_file():
@@ -200,15 +208,20 @@ def scrub(error: BaseException | str) -> str:
     return text[:200]
 
 
-def call(api: Any, area: str, method: str, **fields: Any) -> Any:
+def made(area: str, kind: str, /, **fields: Any) -> Any:
+    """An object of kagglesdk, such as made("blobs", "StartBlobUploadRequest", name="x") for one of the service "blobs"."""
+    found = getattr(import_module(f"kagglesdk.{area}.types.{area[:-1]}_api_service"), f"Api{kind}")()
+    for field, value in fields.items():
+        setattr(found, field, value)
+    return found
+
+
+def call(api: Any, area: str, method: str, /, **fields: Any) -> Any:
     """One request below the client's own methods, which would move the bytes themselves.
 
     area: "competitions", "blobs" or "datasets" of the service; method and fields: as kagglesdk names them.
     """
-    types = import_module(f"kagglesdk.{area}.types.{area[:-1]}_api_service")
-    request = getattr(types, f"Api{method.title().replace('_', '')}Request")()
-    for name, value in fields.items():
-        setattr(request, name, value)
+    request = made(area, f"{method.title().replace('_', '')}Request", **fields)
     with tamed(), api.build_kaggle_client() as kaggle:
         service = getattr(getattr(kaggle, area), f"{area[:-1]}_api_client")
         return getattr(service, method)(request)

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from carvana.files import (
+    OutOfTimeError,
     UserError,
     fingerprint,
     listed,
@@ -152,19 +154,23 @@ def steps(values: dict) -> Iterator[Step]:
         yield Step(title, name, wanted, reads, writes)
 
 
-def run(profile: str | Path, overrides: dict[str, str] | None = None) -> list[str]:
-    """Run every step of a profile that is not done yet; returns the lines that tell where the results are."""
+def run(profile: str | Path, overrides: dict[str, str] | None = None, hours: float = 0) -> list[str]:
+    """Run every step of a profile that is not done yet; returns the lines that tell where the results are.
+
+    hours: OutOfTimeError after so many, everything done being kept; 0 for no limit.
+    """
+    ends = time.monotonic() + 3600 * hours if hours else math.inf
     values = load_profile(profile, overrides)
     known = parameters()
     run_name, runs_dir = (values.get(name, known[name].default) for name in ("run_name", "runs_dir"))
     folder = resolve(runs_dir) / run_name
     tame_allocator()
     for _, group in itertools.groupby(steps(values), key=lambda step: step.name):
-        _run_group(list(group), folder)
+        _run_group(list(group), folder, ends)
     return results(folder)
 
 
-def _run_group(group: list[Step], folder: Path) -> None:
+def _run_group(group: list[Step], folder: Path, ends: float) -> None:
     """Execute the steps of one notebook that are not done: folds in a lane for each GPU, the rest one by one."""
     note = folder / "steps.json"
     done = read_json(note) if note.exists() else {}
@@ -176,7 +182,7 @@ def _run_group(group: list[Step], folder: Path) -> None:
 
     def finish(lane: list[Step]) -> None:
         for step in lane:
-            seconds = execute(step.name, _output(step, folder), step.values)
+            seconds = execute(step.name, _output(step, folder), _limited(step, ends))
             print(f"{step.title}: done in {seconds:.0f} s", flush=True)
             with lock:
                 done[step.title] = {"key": keys[step.title], "seconds": round(seconds, 1)}
@@ -189,6 +195,15 @@ def _run_group(group: list[Step], folder: Path) -> None:
     lanes = [[step for step in todo if step.values["fold"] % gpus == gpu] for gpu in range(gpus)]
     with ThreadPoolExecutor(gpus) as pool:
         list(pool.map(finish, lanes))
+
+
+def _limited(step: Step, ends: float) -> dict:
+    """Values of a step that is to end at `ends`, where its notebook knows max_hours."""
+    left, own = (ends - time.monotonic()) / 3600, step.values.get("max_hours", 0) or math.inf
+    if left <= 0:
+        raise OutOfTimeError(f"The hours given are over before {step.title}. Run the same command to go on.")
+    limited = min(left, own) < math.inf and step.name in parameters()["max_hours"].notebooks
+    return step.values | ({"max_hours": min(left, own)} if limited else {})
 
 
 def _is_done(step: Step, folder: Path, done: dict, key: str) -> bool:
@@ -219,8 +234,9 @@ def execute(name: str, output: Path, values: dict) -> float:
             progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except PapermillExecutionError as error:
-        if error.ename == "UserError":
-            raise UserError(error.evalue) from error
+        kind = {kind.__name__: kind for kind in (UserError, OutOfTimeError)}.get(error.ename)
+        if kind:
+            raise kind(error.evalue) from error
         reason = f"{error.ename}: {error.evalue}"
         raise UserError(f"{name} failed with {reason}. Its cells are in {output}.") from error
     except DeadKernelError as error:
