@@ -209,7 +209,7 @@ def scrub(error: BaseException | str) -> str:
 
 
 def made(area: str, kind: str, /, **fields: Any) -> Any:
-    """An object of kagglesdk, such as made("blobs", "StartBlobUploadRequest", name="x") for one of the service "blobs"."""
+    """An object of kagglesdk with these fields; area "blobs" and kind "X" stand for its class ApiX of that service."""
     found = getattr(import_module(f"kagglesdk.{area}.types.{area[:-1]}_api_service"), f"Api{kind}")()
     for field, value in fields.items():
         setattr(found, field, value)

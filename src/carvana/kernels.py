@@ -19,10 +19,9 @@ from carvana.files import UserError, atomic, project_root, read_json, write_json
 from carvana.kaggle_api import COMPETITION, ask, call, client, made, refusal, status_of, tamed
 from carvana.transfer import Upload
 
-HOURS = 11.5  # of the 12 that a session lasts
 NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
 PLATFORMS = "manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"
-POLL = 5  # seconds between two looks at a dataset that is not ready
+POLL, LOOKS = 5, 120  # seconds between two looks at a dataset that is not ready, and how many
 DEPTH = 5  # folders below the input folder in which Kaggle may mount something
 
 
@@ -114,9 +113,8 @@ def push(folder: str | Path, resume: bool = False) -> str:
         raise refusal(error, f"{path.parent} was not pushed") from None
     kinds = "dataset", "competition", "kernel", "model"
     invalid = {kind: getattr(answer, f"invalid_{kind}_sources") for kind in kinds}
-    refused = (
-        [answer.error] if answer.error else [f"{kind} {names} unknown" for kind, names in invalid.items() if names]
-    )
+    refused = [f"{kind} {', '.join(names)} is unknown to it" for kind, names in invalid.items() if names]
+    refused += [answer.error] if answer.error else []
     if refused:
         raise UserError(f"{path}: Kaggle refused it: {'; '.join(refused)}. Mend the file and push again.")
     return f"{kernel['id']}/{answer.version_number}"
@@ -139,10 +137,18 @@ def _push_dataset(api: Any, folder: Path) -> None:
         raise UserError(f"{folder}: Kaggle refused the dataset: {answer.error}. Mend dataset-metadata.json.")
     for path in paths:
         Upload(path).done()
-    while (status := _status(api, ref)) not in ("READY", None):
+    _wait_until_ready(api, ref)
+
+
+def _wait_until_ready(api: Any, ref: str) -> None:
+    for _ in range(LOOKS):
+        status = _status(api, ref)
+        if status == "READY":
+            return
         if status in ("FAILED", "DELETED"):
-            raise UserError(f"dataset {ref}: Kaggle says {status}. Push again.")
+            break
         time.sleep(POLL)
+    raise UserError(f"dataset {ref}: Kaggle says {status}. Look at it on the site, then push again.")
 
 
 def _once(api: Any, method: str, what: str, **fields: Any) -> Any:
