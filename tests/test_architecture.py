@@ -24,6 +24,7 @@ ORDER = [
     "training",
     "inference",
     "prediction",
+    "scoring",
     "evaluation",
     "submission",
     "ledger",
@@ -34,8 +35,11 @@ ORDER = [
     "figures",
     "score_figures",
     "overlays",
+    "live",
+    "browser",
     "report",
     "pipeline",
+    "kernels",
     "cli",
 ]
 PACKAGE = Path(carvana.__file__).parent

@@ -28,8 +28,8 @@ def runs(shared_competition, tmp_path_factory):
     return [folder / "a", folder / "b"]
 
 
-def evaluate(data, run_dirs, views=("none", "hflip")):
-    return evaluation.evaluate(run_dirs, photos.index(data), photos.photographs(data, "train"), list(views), 4)
+def evaluate(data, run_dirs, views=("none", "hflip"), maps=None):
+    return evaluation.evaluate(run_dirs, photos.index(data), photos.photographs(data, "train"), list(views), 4, maps)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,22 @@ def test_error_parts_sum_to_all_wrong_pixels(scores):
     assert np.allclose(wrong / (96 * 126), scores["area"] + scores["predicted_area"] - 2 * both)
 
 
+def test_error_maps_hold_all_wrong_pixels_also_of_folds_that_were_scored_before(shared_competition, runs, scores):
+    fresh, again = {}, {}
+    for path in [runs[0] / "fold0", runs[0] / "holdout"]:  # as a kill between the two files would leave it
+        for kept in path.glob("errors-*.npz"):
+            kept.unlink()
+    evaluate(shared_competition, runs, maps=fresh)
+    evaluate(shared_competition, runs, maps=again)
+    assert sorted(fresh) == sorted(again) == [1, 2, 3, 4]
+    for view, (missed, extra, true) in fresh.items():
+        assert np.array_equal(fresh[view], again[view])
+        own = scores[scores["view"] == view]
+        wrong = own[["edge_1", "edge_3", "edge_10", "missed", "extra"]].to_numpy().sum() / (96 * 126)
+        assert (missed + extra).mean() == pytest.approx(wrong, rel=0.02)  # the map is larger than these pictures
+        assert true.mean() == pytest.approx(own["area"].sum(), rel=0.02)
+
+
 def test_scores_of_a_fold_are_kept_for_each_set_of_members_and_read_again(shared_competition, runs, scores):
     evaluate(shared_competition, runs[:1])
     kept = {path: path.stat().st_mtime_ns for path in (runs[0] / "fold0").glob("scores-*.csv")}
@@ -101,6 +117,45 @@ def test_other_weights_and_thresholds_are_tried_on_every_picture(scores):
     tried = set(scores.columns[scores.columns.str.startswith("try:")])
     assert {"try:0.25,0.75@0.5", "try:0.5,0.5@0.5", "try:0.75,0.25@0.5", "try:0.5,0.5@0.45"} <= tried
     assert np.allclose(scores["try:0.5,0.5@0.5"], scores["dice"])
+
+
+def test_thresholds_are_compared_with_a_half_on_the_same_pictures():
+    table = pd.DataFrame({"car": ["a", "b"], "dice": [0.9, 0.8], "try:1@0.4": [0.92, 0.84], "try:1@0.6": [0.9, 0.7]})
+    found = evaluation.by_threshold(table)
+    assert found["threshold"].tolist() == [0.4, 0.5, 0.6]
+    assert found["gain"].tolist() == pytest.approx([0.03, 0, -0.05])
+    assert found.loc[0, ["low", "high"]].tolist() == pytest.approx([0.02, 0.04])
+
+
+def audited(disputed):
+    names = [f"{car}_01.jpg" for car in "abc"[: len(disputed)]]
+    table = pd.DataFrame({"img": names, "car": "a", "view": 1, "fold": 0, "dice": 0.9, "disputed": disputed})
+    return table.assign(sure=0.95)
+
+
+def test_the_audit_lists_disputed_masks_and_keeps_what_a_person_has_marked():
+    found = evaluation.audit(audited([5, 0, 70]))
+    assert found["img"].tolist() == ["c_01.jpg", "a_01.jpg"]
+    assert (found["exclude"] == "").all()
+    found.loc[0, "exclude"] = "x"
+    again = evaluation.audit(audited([90, 0]), found)  # the marked picture was left out
+    assert again[["img", "exclude"]].to_numpy().tolist() == [["a_01.jpg", ""], ["c_01.jpg", "x"]]
+    assert evaluation.audit(audited([5, 0, 70]), found)["exclude"].tolist() == ["x", ""]
+
+
+def test_quality_csv_is_an_exclude_list_of_what_is_marked_and_survives_another_evaluation(
+    shared_competition, runs, scores
+):
+    photographs, quality = photos.photographs(shared_competition, "train"), runs[0] / "quality.csv"
+    doubted = scores.assign(disputed=[50, 20] + [0] * (len(scores) - 2), sure=0.95)
+    for _ in range(2):
+        evaluation.write_results(runs[0], doubted, runs, ["none"], evaluation.Settings([0.5, 0.5], 0.5))
+        marked = pd.read_csv(quality, dtype={"car": str, "exclude": str})
+        marked.loc[0, "exclude"] = "x"
+        marked.to_csv(quality, index=False)
+    assert photos.excluded(quality, photographs) == {scores["img"].iloc[0]}
+    evaluation.write_results(runs[0], doubted, runs, ["none"], evaluation.Settings([0.5, 0.5], 0.5))
+    assert photos.excluded(quality, photographs) == {scores["img"].iloc[0]}
 
 
 def scored(base, other):

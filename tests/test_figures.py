@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import simplejpeg
+from matplotlib.colors import to_rgb
 
 from carvana import figures, overlays, photos, rle, score_figures
 
@@ -228,6 +229,40 @@ def test_charts_of_scores_bear_perfect_and_empty_predictions(dice):
     assert len(ax.get_xticks()) >= 2
     draw(score_figures.dice_by_car(scores(dice)))
     draw(score_figures.dice_by_view(scores(dice)))
+
+
+def test_error_maps_paint_each_view_by_what_is_wrong_there():
+    maps = {view: np.zeros((3, 4, 6), np.float32) for view in (1, 2)}
+    maps[1][0, 1, 2] = 2  # missed in both pictures of view 1
+    maps[2][1, 3, 3] = 1  # extra in one of two
+    maps[1][2, 1:3, 1:5] = 2
+    figure = draw(score_figures.error_maps(maps, scores(), HEIGHT / WIDTH))
+    first, second = images(figure)
+    assert figure.get_suptitle() == "View 1 has most wrong pixels, 4.17% of the picture"  # 1 of 24 places
+    assert second.get_title() == "view 2: 2.08% wrong"
+    painted = first.images[0].get_array()
+    assert painted[1, 2].tolist() == pytest.approx(to_rgb(figures.MISSED), abs=0.02)
+    assert (painted[3, 3] == 1).all()
+    assert (len(first.collections), len(second.collections)) == (1, 0)  # view 2 has no car to outline
+
+
+def test_thresholds_name_the_best_and_what_it_gains():
+    rows = [(0.4, 0.9, -0.01, -0.02, 0.01), (0.5, 0.91, 0, 0, 0), (0.6, 0.915, 0.005, 0.001, 0.01)]
+    table = pd.DataFrame(rows, columns=["threshold", "dice", "gain", "low", "high"])
+    (ax,) = draw(score_figures.dice_by_threshold(table)).axes
+    assert title(ax) == "Threshold 0.6 is best with 0.915000, 0.005000 above 0.5"
+
+
+def test_saved_errors_are_full_size_and_zoomed_and_replace_older_ones(archive, tmp_path):
+    (tmp_path / "old.jpg").write_bytes(b"")
+    overlays.save_errors(archive, ["a_01.jpg"], [square(10, 25, 20)], [square(10, 20, 20)], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_01.jpg", "a_01_zoom.jpg"]
+    full, zoom = (simplejpeg.decode_jpeg((tmp_path / f"a_01{part}.jpg").read_bytes()) for part in ("", "_zoom"))
+    assert full.shape == (HEIGHT, WIDTH, 3)
+    assert zoom.shape == (267, 400, 3)  # a window of 10 x 15 pixels
+    missed = 0.25 * 200 + 0.75 * 255 * np.array(to_rgb(figures.MISSED))
+    assert np.abs(zoom.reshape(-1, 3) - missed).max(1).min() < 12  # but for what the JPEG changes
+    assert (full[0, 0] == pytest.approx([200] * 3, abs=3)) and full[20, 44] @ [0, 0, 1] > full[20, 44] @ [1, 0, 0]
 
 
 def test_gains_count_only_what_is_sure():

@@ -67,6 +67,18 @@ def test_any_other_size_goes_through_one_resize(real_data):
     assert photos.picture(tests, tests.names[0], 384, 384)[0].shape == (384, 384, 3)
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "saved by a spreadsheet"])
+def test_a_table_excludes_the_pictures_that_a_person_has_marked(competition, tmp_path, start):
+    names = ["000000000001_01.jpg", "000000000001_02.jpg", "000000000002_01.jpg"]
+    rows = [f"{name},7,{mark}" for name, mark in zip(names, ("x", "", "wrong"), strict=True)]
+    table = tmp_path / "quality.csv"
+    table.write_text("\n".join([f"{start}img,disputed,exclude", *rows]), encoding="utf-8")
+    photographs = photos.photographs(competition, "train")
+    assert photos.excluded(table, photographs) == {names[0], names[2]}
+    table.write_text(f"{start}img,disputed,exclude\n", encoding="utf-8")
+    assert photos.excluded(table, photographs) == set()
+
+
 def test_excluded_pictures_are_left_out(competition, tmp_path):
     listed = tmp_path / "bad.csv"
     listed.write_text("img,reason\n000000000001_01.jpg,blurred\n")

@@ -39,6 +39,14 @@ def add_figure(folder, name, size=(40, 30)):
     Image.fromarray(noise).save(folder / "figures" / name)
 
 
+def add_worst(folder, names=("c_01", "b_01")):
+    (folder / "figures" / "worst").mkdir(parents=True)
+    for name in names:
+        for part in ("", "_zoom"):
+            noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / "figures" / "worst" / f"{name}{part}.jpg")
+
+
 def page(run, submissions_dir=None):
     path = report.write(run, submissions_dir)
     assert path == run / "report.html"
@@ -77,12 +85,52 @@ def test_the_page_loads_nothing_from_elsewhere(run):
     add_scores(run)
     add_figure(run, "worst.png")
     add_figure(run, "fold0.png")
+    add_worst(run)
     text = page(run)
     addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text)
-    assert len(addresses) == 2 and all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert len(addresses) == 10 and all(address.startswith(("data:image/", "#worst")) for address in addresses)
     assert "<script" not in text and "@import" not in text
     assert 'name="viewport"' in text
     assert text.index("The worst pictures") < text.index("fold0")
+
+
+def test_a_click_on_one_of_the_worst_shows_its_full_size(run):
+    add_scores(run)
+    add_worst(run)
+    text = page(run)
+    assert text.index("c_01.jpg: where most") < text.index("b_01.jpg: where most")  # worst first
+    assert 'href="#worst-1"' in text and 'id="worst-1"' in text and 'href="#worst-3"' not in text
+    assert text.count("data:image/jpeg") == 4
+
+
+def test_full_sizes_beyond_the_budget_are_linked(run, monkeypatch):
+    add_scores(run)
+    add_worst(run)
+    size = (run / "figures" / "worst" / "c_01.jpg").stat().st_size
+    monkeypatch.setattr(report, "BUDGET", 3 * size + 100)  # both zooms and one picture
+    text = page(run)
+    assert 'href="#worst-1"' in text and 'href="figures/worst/b_01.jpg"' in text
+    assert text.count("data:image/jpeg") == 3
+
+
+def test_the_gallery_of_a_notebook_links_to_the_files_of_the_run(run, monkeypatch):
+    add_scores(run)
+    add_worst(run)
+    root = run.parent.parent
+    (root / "notebooks").mkdir()
+    monkeypatch.chdir(root)  # as papermill runs it: the page lies in the run
+    assert 'href="../figures/worst/c_01.jpg" target="_blank"' in report.gallery(run)
+    monkeypatch.chdir(root / "notebooks")  # by hand
+    assert 'href="../runs/first/figures/worst/c_01.jpg"' in report.gallery(run)
+
+
+def test_data_and_timings_are_told(run):
+    add_scores(run)
+    files.write_json(run / "steps.json", {"04_evaluate": {"key": "secret", "seconds": 90.0}})
+    text = page(run)
+    assert "3 of 3 cars in 1 views" in text and "1 pictures of 1 cars" in text
+    assert "1.5 minutes" in text and "secret" not in text
+    assert "contradicts" not in text  # scores of an earlier version have no such column
 
 
 def test_the_page_stays_below_15_megabytes_and_names_what_it_leaves_out(run, monkeypatch):

@@ -1,21 +1,17 @@
 """Out-of-fold scores at full size, what each view, fold and run adds, and the ensemble that follows."""
 
-import math
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from carvana import metrics, rle
-from carvana.files import UserError, fingerprint, progress, sha256, write_text
+from carvana import metrics
+from carvana.files import UserError, write_text
 from carvana.folds import HOLDOUT, read_folds
-from carvana.inference import Ensemble, Photographs, batched, blend, enlarged, in_batches, write_ensemble
+from carvana.inference import write_ensemble
 from carvana.photos import Archive
-
-THRESHOLDS = 0.35, 0.4, 0.45, 0.55, 0.6, 0.65  # that are tried beside 0.5
+from carvana.scoring import score_fold
 
 
 def finished_folds(run_dir: Path) -> dict[int, Path]:
@@ -26,16 +22,25 @@ def finished_folds(run_dir: Path) -> dict[int, Path]:
     return found
 
 
-def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, views: list[str], batch_size: int = 8):
+def evaluate(
+    run_dirs: list[Path],
+    pictures: pd.DataFrame,
+    photos: Archive,
+    views: list[str],
+    batch_size: int = 8,
+    maps: dict[int, np.ndarray] | None = None,
+) -> pd.DataFrame:
     """Score every picture by models that have not seen its car; returns a table, a row per picture.
 
     Columns: img, car, view, fold, dice, iou (of the blend of all runs and views), area, predicted_area, the parts of
-    the error in pixels (see metrics.error_anatomy), `dice:VARIANT` for every simpler variant (without a view, a single
-    run, a single fold for held-out cars), and `try:WEIGHTS@THRESHOLD` for other weights of the runs and thresholds, for
-    `best_settings`. Each fold is kept in the first run's folder: a kill costs one.
+    the error in pixels (see metrics.error_anatomy), disputed and sure (see `disputed`), `dice:VARIANT` for every
+    simpler variant (without a view, a single run, a single fold for held-out cars), and `try:WEIGHTS@THRESHOLD` for
+    other weights of the runs and thresholds, for `best_settings`. Each fold is kept in the first run's folder: a kill
+    costs one.
 
-    pictures: table of photos.index. Cars of fold -1 are scored by all folds together. UserError where runs have other
-    folds, or where every mask is empty.
+    pictures: table of photos.index. Cars of fold -1 are scored by all folds together. maps: receives for every view
+    (3, *MAP) float32, sums over its pictures of what is missed, extra and truly car at each place. UserError where runs
+    have other folds, or where every mask is empty.
     """
     folds = _same_folds(run_dirs)
     fold_of = pictures["car"].map(folds.set_index("car")["fold"])
@@ -44,8 +49,12 @@ def evaluate(run_dirs: list[Path], pictures: pd.DataFrame, photos: Archive, view
     for fold in [*shared, HOLDOUT] if (fold_of == HOLDOUT).any() else shared:
         members = [of_run[f] for f in ([fold] if fold != HOLDOUT else shared) for of_run in found]
         names = [run_dir.name for run_dir in run_dirs], shared
-        table = _score_fold(run_dirs[0], members, names, pictures[fold_of == fold], photos, views, batch_size, fold)
+        table, sums = score_fold(
+            run_dirs[0], members, names, pictures[fold_of == fold], photos, views, batch_size, fold
+        )
         tables.append(table)
+        for view, own in sums.items() if maps is not None else ():
+            maps[view] = maps.get(view, 0) + own
     scores = pd.concat(tables, ignore_index=True)
     if not scores["predicted_area"].any():
         raise UserError(
@@ -72,83 +81,6 @@ def _same_folds(run_dirs: list[Path]) -> pd.DataFrame:
     return folds
 
 
-def _score_fold(run_dir, members, names, pictures, photos, views, batch_size, fold) -> pd.DataFrame:
-    truth = pictures[["img", "rle"]].to_numpy().tolist()
-    key = fingerprint([sha256(member) for member in members], names, views, truth, photos.stamp(), THRESHOLDS)
-    path = run_dir / (f"fold{fold}" if fold != HOLDOUT else "holdout") / f"scores-{key}.csv"
-    if path.exists():
-        return pd.read_csv(path, dtype={"car": str})
-    ensemble = Ensemble(members, [1 / len(members)] * len(members), views)
-    rows = []
-    with progress(None, f"scoring {path.parent.name}", total=len(pictures)) as bar:
-        photographs = Photographs(photos, pictures["img"].tolist(), ensemble.sizes)
-        for each, full, batch in batched(ensemble, photographs, in_batches(len(pictures), batch_size)):
-            variants = _variants(each, views, *names, fold)
-            for i, row in enumerate(batch):
-                own = {name: [logits[i] for logits in blended] for name, blended in variants.items()}
-                rows.append(_score(pictures.iloc[row], own, full[i], len(names[0])))
-            bar.update(len(batch))
-    table = pd.DataFrame(rows)
-    table.insert(3, "fold", fold)
-    write_text(path, table.to_csv(index=False))
-    return table
-
-
-def _variants(
-    each: list[torch.Tensor], views: list[str], runs: list[str], folds: list[int], fold: int
-) -> dict[str, list[np.ndarray]]:
-    """Blended logits (B, h, w) of each size by column: the ensemble, every simpler variant, every other weighting."""
-    n, equal = len(each), [1 / len(each)] * len(each)
-    chosen = {"dice": (each, equal)}
-    if len(views) > 1:
-        rest = {view: [i for i, other in enumerate(views) if other != view] for view in views}
-        chosen |= {f"dice:without {v}": ([logits[kept] for logits in each], equal) for v, kept in rest.items()}
-    if len(runs) > 1:
-        chosen |= {
-            f"dice:{run}": (each[i :: len(runs)], [len(runs) / n] * (n // len(runs))) for i, run in enumerate(runs)
-        }
-    if fold == HOLDOUT:
-        size = len(runs)
-        chosen |= {f"dice:fold {f}": (each[i * size :][:size], [1 / size] * size) for i, f in enumerate(folds)}
-    for weights in _weightings(len(runs)):
-        of_members = [weights[i % len(runs)] * len(runs) / n for i in range(n)]
-        chosen[_column(weights, 0.5)] = each, of_members
-    return {
-        name: [logits.cpu().numpy() for logits in blend(members, weights)]
-        for name, (members, weights) in chosen.items()
-    }
-
-
-def _weightings(n_runs: int) -> list[tuple[float, ...]]:
-    """Weights of two or three runs in quarters, each run taking part; more runs are blended as equals."""
-    if n_runs not in (2, 3):
-        return []
-    return [tuple(q / 4 for q in quarters) for quarters in product((1, 2, 3), repeat=n_runs) if sum(quarters) == 4]
-
-
-def _column(weights: tuple[float, ...], threshold: float) -> str:
-    return f"try:{','.join(f'{weight:g}' for weight in weights)}@{threshold:g}"
-
-
-def _score(picture: pd.Series, variants: dict[str, list[np.ndarray]], full: tuple[int, int], n_runs: int) -> dict:
-    true = rle.decode(picture["rle"], *full)
-    row = {"img": picture["img"], "car": picture["car"], "view": picture["view"]}
-    for name, blended in variants.items():
-        logits = enlarged(blended, full)
-        predicted = logits > 0
-        counts = metrics.counts(predicted, true)
-        row[name] = float(metrics.dice(*counts))
-        if name == "dice":
-            row |= {"iou": float(metrics.iou(*counts))}
-            row |= {"area": counts[2] / true.size, "predicted_area": counts[1] / true.size}
-            row |= metrics.error_anatomy(predicted, true)
-            for threshold in THRESHOLDS:
-                cut = math.log(threshold / (1 - threshold))
-                column = _column((1 / n_runs,) * n_runs, threshold)
-                row[column] = float(metrics.dice(*metrics.counts(logits > cut, true)))
-    return row
-
-
 def gains(scores: pd.DataFrame) -> pd.DataFrame:
     """What the whole ensemble gains over each simpler variant: mean Dice of both, gain, its paired 95 % interval."""
     rows = []
@@ -158,6 +90,32 @@ def gains(scores: pd.DataFrame) -> pd.DataFrame:
         variant = column.removeprefix("dice:")
         rows.append((variant, known[column].mean(), known["dice"].mean(), gain, low, high, len(known)))
     return pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "pictures"])
+
+
+def by_threshold(scores: pd.DataFrame) -> pd.DataFrame:
+    """The whole ensemble cut at each threshold: threshold, mean Dice, gain over 0.5 and its paired 95 % interval."""
+    columns = {float(name.partition("@")[2]): name for name in scores.columns if name.startswith("try:")}
+    rows = []
+    for threshold, column in sorted((columns | {0.5: "dice"}).items()):
+        gain = metrics.mean_over_cars(scores[column] - scores["dice"], scores["car"])
+        rows.append((threshold, scores[column].mean(), *gain))
+    return pd.DataFrame(rows, columns=["threshold", "dice", "gain", "low", "high"])
+
+
+def audit(scores: pd.DataFrame, earlier: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Pictures whose mask every network contradicts (`scoring.disputed`), most disputed first, for a person to judge.
+
+    Columns: img, car, view, fold, dice, disputed, sure, and exclude, empty: a mark in it leaves the picture out where
+    the table is given as `exclude`. Marks of an `earlier` table stay, also those of pictures that were left out.
+    """
+    columns = ["img", "car", "view", "fold", "dice", "disputed", "sure"]
+    found = scores.loc[scores["disputed"] > 0, columns].assign(exclude="")
+    if earlier is not None:
+        marked = earlier[earlier["exclude"] != ""]
+        marks = dict(zip(marked["img"], marked["exclude"], strict=True))
+        found["exclude"] = [marks.get(name, "") for name in found["img"]]
+        found = pd.concat([found, marked[~marked["img"].isin(found["img"])]])
+    return found.sort_values("disputed", ascending=False, ignore_index=True)
 
 
 def compare(run_dirs: list[Path]) -> pd.DataFrame:
@@ -226,8 +184,15 @@ def best_settings(scores: pd.DataFrame, n_runs: int) -> Settings:
 def write_results(
     run_dir: Path, scores: pd.DataFrame, run_dirs: list[Path], views: list[str], settings: Settings
 ) -> None:
-    """Write scores.csv and ensemble.json (every shared fold of every run, with `settings`) into `run_dir`."""
+    """Write scores.csv, quality.csv (see `audit`) and ensemble.json into `run_dir`.
+
+    The ensemble is every shared fold of every run, with `settings`.
+    """
     write_text(run_dir / "scores.csv", scores.to_csv(index=False))
+    quality = run_dir / "quality.csv"
+    kinds = {"car": str, "exclude": str}
+    earlier = pd.read_csv(quality, dtype=kinds).fillna({"exclude": ""}) if quality.exists() else None
+    write_text(quality, audit(scores, earlier).to_csv(index=False))
     found, shared = checkpoints(run_dirs)
     weighted = zip(found, settings.weights, strict=True)
     members = [(of_run[fold], weight / len(shared)) for of_run, weight in weighted for fold in shared]

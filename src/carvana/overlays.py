@@ -1,10 +1,12 @@
 """Figures made of photographs with their masks drawn on, in the colours of `figures`."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
+import simplejpeg
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -13,6 +15,7 @@ from matplotlib.patheffects import withStroke
 
 from carvana import rle
 from carvana.figures import EXTRA, MARK, MISSED, PREDICTED, TEXT, TRUE, charts, label, panels
+from carvana.files import atomic
 from carvana.grid import Grid, resize
 from carvana.photos import Archive, full_picture, picture
 
@@ -105,10 +108,8 @@ def errors(photos: Archive, names, probabilities, masks=None, titles=None, thres
         if not known:
             _cropped(axes[i], image, predicted, PREDICTED, _around(predicted), title)
             continue
-        for part, mask, colour in ((0, true & ~predicted, MISSED), (1, predicted & ~true, EXTRA)):
-            wrong[part] += mask.sum()
-            image[mask] = 0.25 * image[mask] + 0.75 * 255 * np.array(to_rgb(colour))
-        spot = _densest(true != predicted)
+        wrong += (true & ~predicted).sum(), (predicted & ~true).sum()
+        image, spot = _painted(image, predicted, true), _densest(true != predicted)
         _cropped(axes[2 * i], image, true, TRUE, _around(true | predicted), title, spot)
         _cropped(axes[2 * i + 1], image, true, TRUE, spot, "where most is wrong", halo=0)
     text = f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the picture"
@@ -119,6 +120,46 @@ def errors(photos: Archive, names, probabilities, masks=None, titles=None, thres
         text = f"Of the wrong pixels {wrong[0] / max(1, wrong.sum()):.0%} are car missed, the others wall taken for car"
     figure._suptitle.set_text(text)
     return figure
+
+
+def save_errors(photos: Archive, names, predicted, masks, folder: Path, width: int = 400) -> None:
+    """Fill `folder`: NAME.jpg, a full-size photograph with its errors and the true edge, NAME_zoom.jpg its worst spot.
+
+    predicted, masks: (H, W) bool for each of `names`; width: of a zoom, in pixels. Older pictures there are removed.
+    """
+    for old in folder.glob("*.jpg"):
+        old.unlink()
+    for name, own, true in zip(names, predicted, masks, strict=True):
+        image = _painted(full_picture(photos, name), own, true)
+        top, left, height, wide = _densest(own != true, 0.25)
+        zoom = np.ascontiguousarray(image[top : top + height, left : left + wide])
+        edge = resize(true[top : top + height, left : left + wide].astype(np.float32), *(size := _fitted(zoom, width)))
+        _write_jpeg(folder / f"{Path(name).stem}_zoom.jpg", _edged(resize(zoom, *size), edge > 0.5, 2))
+        _write_jpeg(folder / f"{Path(name).stem}.jpg", _edged(image, true, 1))
+
+
+def _fitted(image: np.ndarray, width: int) -> tuple[int, int]:
+    return max(1, round(image.shape[0] * width / image.shape[1])), width
+
+
+def _painted(image: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """A photograph (H, W, 3) uint8 with its missed and extra pixels in their colours."""
+    image = image.copy()
+    for mask, colour in ((true & ~predicted, MISSED), (predicted & ~true, EXTRA)):
+        image[mask] = 0.25 * image[mask] + 0.75 * 255 * np.array(to_rgb(colour))
+    return image
+
+
+def _edged(image: np.ndarray, true: np.ndarray, thickness: int) -> np.ndarray:
+    """A photograph with the outer `thickness` pixels of a mask in the colour of the true edge."""
+    mask, size = true.astype(np.uint8), 2 * thickness + 1
+    edge = mask > cv2.erode(mask, np.ones((size, size), np.uint8))  # not where the picture cuts the car off
+    return np.where(edge[..., None], np.uint8(np.multiply(to_rgb(TRUE), 255).round()), image)
+
+
+def _write_jpeg(path: Path, image: np.ndarray) -> None:
+    with atomic(path) as file:
+        file.write(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=80))
 
 
 def _reduced(photos: Archive, row, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +203,9 @@ def _around(mask: np.ndarray) -> tuple[int, int, int, int]:
 def _densest(wrong: np.ndarray, share: float = 0.125) -> tuple[int, int, int, int]:
     """The window, `share` of the picture's sides, with most wrong pixels."""
     size = tuple(max(1, round(side * share)) for side in wrong.shape)
-    density = cv2.boxFilter(wrong.astype(np.float32), -1, size[::-1], borderType=cv2.BORDER_CONSTANT)
+    density = wrong.astype(np.float32)
+    for _ in range(2):  # once gives all windows that hold the same errors the same density, wherever these lie
+        density = cv2.boxFilter(density, -1, size[::-1], borderType=cv2.BORDER_CONSTANT)
     return _window(wrong.shape, *np.unravel_index(density.argmax(), density.shape), share)
 
 

@@ -1,5 +1,6 @@
 """Where photographs and masks are, and reading them at a size; from folders or straight from the competition's zips."""
 
+import csv
 import io
 import os
 import zipfile
@@ -183,7 +184,7 @@ def index(data_dir: Path, hq: bool = False, exclude: Path | None = None) -> pd.D
     """The training pictures: img, car, view, height, width, rle, area (share of the picture), sorted by name.
 
     Masks come from train_masks.csv, or from the GIFs where there is no csv. UserError for a picture without a mask, a
-    name that is not CAR_VIEW.jpg, or a mask of another size. `exclude` is a file with a name in each line.
+    name that is not CAR_VIEW.jpg, or a mask of another size. `exclude` is a list as `excluded` reads it.
     """
     photos = photographs(data_dir, "train", hq)
     left_out = excluded(exclude, photos)
@@ -200,12 +201,19 @@ def index(data_dir: Path, hq: bool = False, exclude: Path | None = None) -> pd.D
 
 
 def excluded(path: Path | None, photos: Archive) -> set[str]:
-    """Names in an exclude list; UserError where it names a picture that is not there."""
+    """Names in an exclude list; UserError where it names a picture that is not there.
+
+    A table with the columns img and exclude, such as a run's quality.csv, names the pictures with a mark in `exclude`.
+    """
     if not path:
         return set()
     if not path.is_file():
         raise UserError(f"exclude {path} does not exist. Give a file with a picture's name in each line.")
-    names = {line.split(",")[0].strip() for line in path.read_text().splitlines()} - {"", "img"}
+    lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets may put a mark of their own in front
+    rows = list(csv.DictReader(lines))
+    if rows and {"img", "exclude"} <= set(rows[0]):
+        lines = [row["img"] for row in rows if (row["exclude"] or "").strip()]
+    names = {line.split(",")[0].strip() for line in lines} - {"", "img"}
     unknown = sorted(names - set(photos.names))
     if unknown:
         hint = nearest(unknown[0], photos.names)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from carvana import figures, metrics
-from carvana.files import UserError, read_json, write_text
+from carvana.files import UserError, project_root, read_json, write_text
 from carvana.folds import HOLDOUT
 
-BUDGET = 10_000_000  # bytes of pictures: base64 makes them 13.3 MB, and a page is to stay below 15
+BUDGET = 10_000_000  # bytes of pictures: base64 makes them 13.3 MB, and a page is to stay below 15 MB
 AS_PNG = 200_000  # charts are smaller; larger files hold photographs, which JPEG halves or better
 WORST = 10  # pictures in the table of the worst
 SCORES = ("dice", "iou", "score", "public", "private")  # numbers whose names end so get six decimals
@@ -25,8 +26,11 @@ CAPTIONS = {
     "dice_by_view": "Dice by view",
     "dice_by_car": "Dice by car",
     "error_parts": "What the wrong pixels are made of",
+    "error_maps": "Where on the car the errors sit",
     "gains": "What the ensemble gains",
+    "dice_by_threshold": "Dice against the threshold",
     "worst": "The worst pictures",
+    "disputed": "Masks that every network contradicts",
     "test_samples": "Predictions on test pictures",
     "test_areas": "Predicted areas against training areas",
 }
@@ -38,29 +42,47 @@ def write(run_dir: Path, submissions_dir: Path | None = None) -> Path:
     submissions_dir: where the ledger of submissions is, for the rows that belong to this run.
     """
     run_dir = Path(run_dir)
+    write_text(run_dir / "report.html", _rendered("report", **_contents(run_dir, submissions_dir)))
+    return run_dir / "report.html"
+
+
+def gallery(run_dir: Path) -> str:
+    """HTML for 04_evaluate: the zooms of overlays.save_errors, worst first, each a link to its picture at full size.
+
+    Links start at the folder of the page: the run's notebooks, or where a notebook runs by hand.
+    """
+    by_hand = Path.cwd() != project_root()
+    page = Path.cwd() if by_hand else run_dir / "notebooks"
+    tiles = _tiles(run_dir / "figures" / "worst", _scores(run_dir))
+    return _rendered("gallery", tiles=[tile | {"link": os.path.relpath(tile["path"], page)} for tile in tiles])
+
+
+def _rendered(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    page = environment.get_template("report.html.jinja").render(**_contents(run_dir, submissions_dir))
-    write_text(run_dir / "report.html", page)
-    return run_dir / "report.html"
+    return environment.get_template(f"{template}.html.jinja").render(**values)
 
 
 def _contents(run_dir: Path, submissions_dir: Path | None) -> dict[str, Any]:
     scores, histories = _scores(run_dir), _histories(run_dir)
-    pictures, left_out = _pictures(run_dir / "figures")
+    pictures, left_out, room = _pictures(run_dir / "figures")
+    tiles = [] if scores is None else _tiles(run_dir / "figures" / "worst", scores)
     return {
         "name": run_dir.name,
+        "data": [] if scores is None else list(_data(scores)),
         "headline": [] if scores is None else list(_headline(scores)),
         "folds": [_fold_row(fold, history, scores) for fold, history in histories.items()],
         "charts": [chart for name in ("dice", "loss") if (chart := _chart(histories, name))],
         "anatomy": [] if scores is None else _anatomy(scores),
         "worst": [] if scores is None else scores.nsmallest(WORST, "dice").to_dict("records"),
+        "colours": {"missed": figures.MISSED, "extra": figures.EXTRA, "true": figures.TRUE},
+        "tiles": _with_full_size(tiles, room),
         "pictures": pictures,
         "left_out": left_out,
         "results": list(_tables(run_dir, ("submission", "ensemble"))) + _ledger(run_dir, submissions_dir),
-        "facts": list(_tables(run_dir, ("run",))),
+        "facts": list(_tables(run_dir, ("run",))) + _timings(run_dir),
     }
 
 
@@ -97,6 +119,26 @@ def _headline(scores: pd.DataFrame) -> Iterator[dict]:
         if len(rows):
             means = {name: metrics.mean_over_cars(rows[name], rows["car"]) for name in ("dice", "iou")}
             yield {"label": label, "pictures": len(rows), "cars": rows["car"].nunique()} | means
+
+
+def _data(scores: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    folds, unseen = scores.groupby("fold")["img"].size().drop(HOLDOUT, errors="ignore"), scores["fold"] == HOLDOUT
+    yield "pictures scored", f"{len(scores)} of {scores['car'].nunique()} cars in {scores['view'].nunique()} views"
+    yield "pictures a fold", ", ".join(map(str, folds)) or "none"
+    yield "held out, seen by no fold", f"{unseen.sum()} pictures of {scores.loc[unseen, 'car'].nunique()} cars"
+    yield (
+        "car in the picture",
+        f"{scores['area'].mean():.1%}, from {scores['area'].min():.1%} to {scores['area'].max():.1%}",
+    )
+    if "disputed" in scores:
+        yield "masks that every network contradicts", f"{(scores['disputed'] > 0).sum()}, listed in quality.csv"
+
+
+def _timings(run_dir: Path) -> list[dict]:
+    path = run_dir / "steps.json"
+    steps = read_json(path) if path.exists() else {}
+    rows = [(name, f"{step['seconds'] / 60:.1f} minutes") for name, step in sorted(steps.items())]
+    return [{"title": "timings", "rows": rows}] if rows else []
 
 
 def _fold_row(fold: str, history: pd.DataFrame, scores: pd.DataFrame | None) -> dict:
@@ -150,19 +192,46 @@ def _anatomy(scores: pd.DataFrame) -> list[dict]:
     ]
 
 
-def _pictures(folder: Path) -> tuple[list[dict], list[str]]:
-    """The saved figures as data addresses, as many as the budget holds, and the names of the others."""
+def _pictures(folder: Path) -> tuple[list[dict], list[str], int]:
+    """The saved figures as data addresses, as many as the budget holds, the names of the others, and the bytes left."""
     order = {name: number for number, name in enumerate(CAPTIONS)}
-    shown, left_out, spent = [], [], 0
+    shown, left_out, room = [], [], BUDGET
     for path in sorted(folder.glob("*.png"), key=lambda path: (order.get(path.stem, len(order)), path.stem)):
         kind, data = _compact(path)
-        if spent + len(data) > BUDGET:
+        if len(data) > room:
             left_out.append(path.name)
             continue
-        spent += len(data)
-        address = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        shown.append({"caption": CAPTIONS.get(path.stem, path.stem.replace("_", " ")), "address": address})
-    return shown, left_out
+        room -= len(data)
+        shown.append({"caption": CAPTIONS.get(path.stem, path.stem.replace("_", " ")), "address": _address(kind, data)})
+    return shown, left_out, room
+
+
+def _address(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _tiles(folder: Path, scores: pd.DataFrame) -> list[dict]:
+    """Pictures of overlays.save_errors, worst first: img, dice, zoom (a data address), path (of the full size)."""
+    tiles = []
+    for row in scores.sort_values("dice").itertuples():
+        path = folder / f"{Path(row.img).stem}.jpg"
+        if path.exists():
+            zoom = _address("jpeg", path.with_name(f"{path.stem}_zoom.jpg").read_bytes())
+            tiles.append({"img": row.img, "dice": row.dice, "zoom": zoom, "path": path})
+    return tiles
+
+
+def _with_full_size(tiles: list[dict], room: int) -> list[dict]:
+    """Tiles that link to their own full size on the page, those that `room` bytes hold; the others to their file."""
+    room -= sum(len(tile["zoom"]) * 3 // 4 for tile in tiles)
+    found = []
+    for number, tile in enumerate(tiles, 1):
+        data = tile["path"].read_bytes()
+        fits = len(data) <= room
+        room -= len(data) if fits else 0
+        link = f"#worst-{number}" if fits else f"figures/worst/{tile['path'].name}"
+        found.append(tile | {"link": link, "full": _address("jpeg", data) if fits else None})
+    return found
 
 
 def _compact(path: Path) -> tuple[str, bytes]:

@@ -2,11 +2,27 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from carvana import metrics
-from carvana.figures import DOTS, EDGES, EXTRA, MARK, MISSED, PARTS, PREDICTED, TEXT, charts, inside, label
+from carvana.figures import (
+    DOTS,
+    EDGES,
+    EXTRA,
+    MARK,
+    MISSED,
+    PARTS,
+    PREDICTED,
+    TEXT,
+    TRUE,
+    charts,
+    inside,
+    label,
+    panels,
+)
 
 
 def dice_distribution(scores: pd.DataFrame) -> Figure:
@@ -78,4 +94,54 @@ def gains(table: pd.DataFrame) -> Figure:
     ax.axvline(0, color="black", linewidth=1)
     title = f"The ensemble is surely better than {(table['low'] > 0).sum()} of {len(table)} simpler variants"
     label(ax, title if len(table) else "Nothing to compare", "gain in mean Dice, 95 % interval over cars")
+    return figure
+
+
+def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float) -> Figure:
+    """Where on the car the errors of each view sit, with the outline of the mean mask.
+
+    maps: as evaluation.evaluate fills them; aspect: height / width of the pictures.
+    """
+    counts = scores["view"].value_counts()
+    means = {view: sums / counts[view] for view, sums in sorted(maps.items())}
+    wrong = {view: mean[:2].sum(0) for view, mean in means.items()}
+    most = max(wrong, key=lambda view: wrong[view].mean())
+    top = max(0.01, np.quantile(np.stack(list(wrong.values())), 0.998))
+    text = f"View {most} has most wrong pixels, {wrong[most].mean():.2%} of the picture"
+    figure, axes = panels(len(means), 4, aspect, text, foot=0.3)
+    height, width = next(iter(wrong.values())).shape
+    for ax, (view, (missed, extra, true)) in zip(axes, means.items(), strict=False):
+        ink = [np.clip(share / top, 0, 1)[..., None] * (1 - np.array(to_rgb(colour)))
+               for share, colour in ((missed, MISSED), (extra, EXTRA))]  # fmt: skip
+        ax.imshow(np.clip(1 - sum(ink), 0, 1), aspect=aspect * width / height)
+        if true.min() < 0.5 < true.max():
+            ax.contour(true, [0.5], colors=[TRUE], linewidths=1)
+        ax.set_title(f"view {view}: {wrong[view].mean():.2%} wrong", fontsize=TEXT - 1.5)
+    colours = {MISSED: "car missed", EXTRA: "wall taken for car", TRUE: "mean outline"}
+    handles = [Patch(color=colour, label=name) for colour, name in colours.items()]
+    title = f"full colour: wrong in {top:.0%} of the pictures or more"
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=3,
+        title=title,
+        fontsize=TEXT,
+        title_fontsize=TEXT,
+        frameon=False,
+    )
+    return figure
+
+
+def dice_by_threshold(table: pd.DataFrame) -> Figure:
+    """What other thresholds gain over 0.5, with paired 95 % intervals; table of evaluation.by_threshold."""
+    figure, (ax,) = charts(1, 1, 3.4)
+    reach = [table["gain"] - table["low"], table["high"] - table["gain"]]
+    ax.errorbar(table["threshold"], table["gain"], reach, **DOTS)
+    best = table.loc[table["gain"].idxmax()]
+    ax.plot(best["threshold"], best["gain"], "o", color=MARK, markersize=9)
+    ax.axhline(0, color="black", linewidth=1)
+    ax.set_xticks(table["threshold"])
+    more = f", {best['gain']:.6f} above 0.5" if best["gain"] > 0 else ""
+    title = f"Threshold {best['threshold']:g} is best with {best['dice']:.6f}{more}"
+    label(ax, title, "threshold (probability)", "gain in mean Dice over 0.5,\n95 % interval over cars")
     return figure
