@@ -31,6 +31,28 @@ def test_parts_hold_a_row_for_every_photograph_and_equal_the_probabilities_cut_a
     assert table["area"].iloc[0] == pytest.approx(rle.area(lines[1].split(",")[1]) / HEIGHT / WIDTH, abs=1e-6)
 
 
+@pytest.mark.parametrize(("slope", "width"), [(0.25, 8), (1.0, 2), (4.0, 0)])
+def test_unsure_is_the_width_of_the_band_in_which_a_network_hesitates(slope, width):
+    logits = (slope * (torch.arange(32.0) - 15.5)).repeat(24, 1)  # an upright edge between columns 15 and 16
+    assert inference.unsure([logits], 0.0) == width
+    assert inference.unsure([logits + 0.4], 0.4) == width
+    assert inference.unsure([logits.T.contiguous() / 2, logits.T.contiguous() / 2], 0.0) == width
+    assert inference.unsure([torch.zeros(24, 32) - 0.5], 0.0) == 24 * 32  # no outline
+
+
+def test_a_part_from_before_unsure_was_measured_stays_valid(members, tests, tmp_path):
+    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
+    new = predicted(ensemble, tests, tmp_path)
+    assert (new["unsure"] > 0).all()
+    note = json.loads((tmp_path / "part-00000.json").read_text())
+    del note["unsure"]
+    (tmp_path / "part-00000.json").write_text(json.dumps(note))
+    before = (tmp_path / "part-00000.csv").stat().st_mtime_ns
+    old = predicted(ensemble, tests, tmp_path)
+    assert (tmp_path / "part-00000.csv").stat().st_mtime_ns == before
+    assert old["unsure"].isna().all() and old.drop(columns="unsure").equals(new.drop(columns="unsure"))
+
+
 def test_only_missing_or_damaged_parts_are_computed_again(members, tests, tmp_path):
     ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
     predicted(ensemble, tests, tmp_path, part_size=5)

@@ -142,7 +142,7 @@ def strip(fold: Fold) -> Figure:
     grid, wrong = np.reshape(axes, (len(fold.watched), -1)), {epoch: [] for epoch in epochs}
     for i, (row, line) in enumerate(zip(fold.watched, grid, strict=True)):
         image, target = fold.source[row]
-        window = densest(_outline(target > 127), SHARE)
+        window = densest(outline(target > 127), SHARE)
         soft, name = target[window] / 255, fold.pictures["img"].iloc[row].partition(".")[0]
         _crop(line[0], image[window], soft, name, TRUE)
         for ax, epoch in zip(line[1:], epochs, strict=True):
@@ -193,7 +193,7 @@ def _crop(ax: Axes, image: np.ndarray, soft: np.ndarray, title: str, colour: str
         line.set_path_effects([withStroke(linewidth=2.2, foreground="white", alpha=0.8)])
 
 
-def _outline(mask: np.ndarray) -> np.ndarray:
+def outline(mask: np.ndarray) -> np.ndarray:
     """Pixels of a mask (H, W) bool beside its edge; where they are dense, the edge is hard."""
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
 

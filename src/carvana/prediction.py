@@ -12,14 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from carvana import rle
 from carvana.files import UserError, fingerprint, overlapped, progress, read_json, sha256, write_json, write_text
-from carvana.inference import BROKEN, Ensemble, Photographs, Size, batched, blend, edges
+from carvana.inference import BROKEN, Ensemble, Photographs, Size, batched, blend, edges, unsure
 from carvana.photos import Archive
 
 PART_SIZE = 512  # pictures a part: some seconds on a GPU, a minute on a CPU
@@ -40,17 +39,22 @@ class Part:
         found = read_json(note)
         return found["key"] == key and found["sha256"] == sha256(self.path)
 
-    def write(self, key: str, names: list[str], texts: list[str], areas: list[float | None]) -> None:
-        """The csv first, then the json that makes it count. An area of None: the photograph could not be decoded."""
+    def write(self, key: str, names: list[str], masks: list[tuple[str, float | None, float | None]]) -> None:
+        """The csv first, then the json that makes it count.
+
+        masks: run lengths, area and `inference.unsure`; None for both where the photograph could not be decoded.
+        """
+        texts, areas, unsure = zip(*masks, strict=True)
         write_text(self.path, pd.DataFrame({"img": names, "rle_mask": texts}).to_csv(index=False))
-        note = {"key": key, "sha256": sha256(self.path), "names": names, "areas": areas}
+        note = {"key": key, "sha256": sha256(self.path), "names": names, "areas": areas, "unsure": unsure}
         write_json(self.path.with_suffix(".json"), note)
 
     def table(self) -> pd.DataFrame:
-        """Its pictures: img, area (share of the picture), part (path)."""
+        """Its pictures: img, area (share of the picture), unsure (see inference.unsure), part (path)."""
         note = read_json(self.path.with_suffix(".json"))
-        areas = np.array(note["areas"], dtype=float)
-        return pd.DataFrame({"img": note["names"], "area": areas, "part": str(self.path)})
+        unknown = [None] * len(note["names"])  # a part from before `unsure` was measured stays valid
+        facts = {"area": note["areas"], "unsure": note.get("unsure", unknown)}
+        return pd.DataFrame({"img": note["names"], **facts, "part": str(self.path)}).astype(dict.fromkeys(facts, float))
 
 
 @dataclass
@@ -83,8 +87,8 @@ def predict(
 
     Parts are shared with every other process that predicts the same into the same folder, `processes` of which are
     started here. A photograph that cannot be decoded ends the work; with `skip_broken` its run lengths are empty and
-    its area is NaN. Returns a table of the finished parts' pictures: img, area (share of the picture), part (path);
-    shorter than `names` where `max_hours` ended before the last part.
+    its area is NaN. Returns a table of the finished parts' pictures: img, area (share of the picture), unsure (see
+    inference.unsure), part (path); shorter than `names` where `max_hours` ended before the last part.
     """
     prediction = Prediction(ensemble, photos, names, folder, batch_size, skip_broken, part_size)
     deadline = time.time() + max_hours * 3600 if max_hours else float("inf")
@@ -92,7 +96,7 @@ def predict(
     with _helpers(prediction, workers, deadline, processes - 1):
         _work(prediction, workers, deadline)
     tables = [part.table() for part in prediction.parts if part.finished(prediction.key)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "part"])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "unsure", "part"])
 
 
 def _work(prediction: Prediction, workers: int, deadline: float, show: bool = True) -> None:
@@ -151,18 +155,17 @@ class _Claims:
 
 def _finish(prediction: Prediction, claims: _Claims, batches: Iterable[list[int]], workers: int, bar: tqdm) -> None:
     """Predict all rows of `batches` and write each part when its last row is encoded."""
-    texts, areas, spent, began = [], [], Counter(), time.monotonic()
-    for row, text, area in overlapped(_encode, _blended(prediction, batches, workers, spent)):
-        texts.append(text)
-        areas.append(area)
+    masks, spent, began = [], Counter(), time.monotonic()
+    for row, *mask in overlapped(_encode, _blended(prediction, batches, workers, spent)):
+        masks.append(mask)
         bar.set_postfix_str(_waits(spent, time.monotonic() - began), refresh=False)
         bar.update()
         number = row // prediction.part_size
         part = prediction.parts[number]
         if row == part.rows[-1]:
-            part.write(prediction.key, [prediction.names[i] for i in part.rows], texts, areas)
+            part.write(prediction.key, [prediction.names[i] for i in part.rows], masks)
             claims.release(number)
-            texts, areas = [], []
+            masks = []
 
 
 def _waits(spent: Counter, seconds: float) -> str:
@@ -181,11 +184,14 @@ def _blended(prediction: Prediction, batches: Iterable[list[int]], workers: int,
             yield row, [logits[i] for logits in blended], full[i], chosen.cut
 
 
-def _encode(row: int, blended: list[torch.Tensor], full: Size, cut: float) -> tuple[int, str, float | None]:
+def _encode(
+    row: int, blended: list[torch.Tensor], full: Size, cut: float
+) -> tuple[int, str, float | None, float | None]:
     if full == BROKEN:
-        return row, "", None
+        return row, "", None, None
     found = edges(blended, full, cut)
-    return row, rle.from_edges(found), round(int((found[1::2] - found[::2]).sum()) / (full[0] * full[1]), 6)
+    area = round(int((found[1::2] - found[::2]).sum()) / (full[0] * full[1]), 6)
+    return row, rle.from_edges(found), area, unsure(blended, cut)
 
 
 @contextmanager
