@@ -170,9 +170,13 @@ def _chart(histories: dict[str, pd.DataFrame], name: str) -> dict | None:
     lines = []
     for fold, history in known.items():
         across, up = 300 * history["epoch"] / last, 160 - 160 * (bend(history[name]) - low) / reach
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, up, strict=True))
+        points = [f"{x:.1f} {y:.1f}" for x, y in zip(across, up, strict=True)]
         lines.append({"fold": fold, "colour": _colour(fold), "points": points})
-    heights = [(160 - 160 * (bend([tick])[0] - low) / reach, f"{tick:.4g}") for tick in ticks]
+    heights = []
+    for tick in reversed(ticks):
+        height = 160 - 160 * (bend([tick])[0] - low) / reach
+        if not heights or height > heights[-1][0] + 13:  # lower than the one before by a line of text
+            heights.append((height, f"{tick:.4g}"))
     label = "Dice on each fold's own cars" if name == "dice" else "training loss"
     return {"label": label, "lines": lines, "ticks": heights, "last": int(last)}
 
