@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 from confined.sitecustomize import block_network
 
-from carvana import transfer
+from carvana import submission, transfer
 from carvana.files import UserError
 
 USER, KEY = "tester", "0f00ba12SECRETKEYdeadbeef"
@@ -262,6 +262,11 @@ def hide_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return home
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A client that hangs up is what the tests are about."""
+
+
 @contextlib.contextmanager
 def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A running `FakeKaggle` which is all that the client, with a false key, can reach."""
@@ -269,7 +274,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("KAGGLE_USERNAME", USER)
     monkeypatch.setenv("KAGGLE_KEY", KEY)
     block_network(monkeypatch.setattr)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.fake = fake = FakeKaggle()
     fake.port = server.server_address[1]
     monkeypatch.setenv("FAKE_KAGGLE_PORT", str(fake.port))  # for the processes that a test starts
@@ -287,6 +292,25 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def serve(fake: FakeKaggle, competition: Path) -> None:
+    """Offer a competition's folder as Kaggle does, as zips, and score what is submitted with its truth."""
+    for name in NAMES:
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as archive:
+            for path in sorted(competition.glob(f"{name.removesuffix('.zip')}*")):
+                for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.suffix == ".csv" else []:
+                    archive.write(file, file.relative_to(competition))
+        fake.files[name] = data.getvalue()
+
+    def score(file: bytes) -> dict:
+        path = competition / "submitted.csv.gz"
+        path.write_bytes(file)
+        dice = submission.score(path, competition / "truth.csv")["dice"].mean()
+        return {"status": "COMPLETE", "publicScore": f"{dice:.6f}", "privateScore": f"{dice:.6f}"}
+
+    fake.score, fake.pending = score, 0
 
 
 def zipped(size: int = 3000) -> bytes:

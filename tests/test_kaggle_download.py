@@ -36,7 +36,7 @@ def test_download_then_skip(fake, data):
     assert [(entry["name"], entry["size"]) for entry in entries] == [(n, len(fake.files[n])) for n in NAMES]
     assert entries[0]["sha256"] == files.sha256(data / "train.zip")
     left = sorted(path.name for path in data.rglob("*") if path.is_file())
-    assert left == sorted([*NAMES, "download.json", ".download.lock"])
+    assert left == sorted([*NAMES, "download.json", "lock"])
     assert fake.calls("storage") == 6
     assert transfer.download(data) == paths
     assert fake.calls("storage") == 6

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 from conftest import RECIPE, write_competition
+from fake_kaggle import KEY, guarded, serve
 from nbclient import NotebookClient
 
 from carvana import cli, pipeline, submission
@@ -22,14 +24,19 @@ FOLDERS = ("data_dir", "runs_dir", "submissions_dir")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny competition, and a profile that runs everything on it."""
+    """A tiny competition on Kaggle, and a profile that downloads it, runs everything and submits."""
     folder = tmp_path_factory.mktemp("place")
-    write_competition(folder / "data", cars=5)
+    write_competition(folder / "made", cars=5)
+    (folder / "made" / "metadata.csv").write_text("id,year,make\n")
+    (folder / "data").mkdir()
+    shutil.copy(folder / "made" / "truth.csv", folder / "data")
     values = dict(zip(FOLDERS, (str(folder / name) for name in ("data", "runs", "submissions")), strict=True))
     values |= RECIPE | {"run_name": "tiny", "n_folds": 2, "holdout_cars": 1, "epochs": 8, "batch_size": 2}
-    values |= {"validate_every": 4}
+    values |= {"validate_every": 4, "submit": True}
     (folder / "tiny.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
-    return folder
+    with pytest.MonkeyPatch.context() as patch, guarded(patch, folder) as fake:
+        serve(fake, folder / "made")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,21 @@ def test_a_profile_runs_all_six_and_ends_with_the_true_dice(place, lines):
         "01_download.ipynb", "02_explore.ipynb", "03_train_fold0.ipynb", "03_train_fold1.ipynb",
         "04_evaluate.ipynb", "05_predict.ipynb", "06_submit.ipynb",
     }  # fmt: skip
+
+
+def test_from_the_download_to_the_score_in_the_ledger_one_command_is_enough(place, lines):
+    with (place / "submissions" / "ledger.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    scores = submission.score(place / "submissions" / "tiny.csv.gz", place / "made" / "truth.csv")
+    assert row["public_score"] == f"{scores['dice'].mean():.6f}"
+    assert (row["run"], row["status"]) == ("tiny", "complete")
+    assert (place / "data" / "train.zip").exists()
+
+
+def test_nothing_that_a_run_writes_holds_the_key(place, lines):
+    written = [path for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(written) > 50
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
 
 
 def test_the_run_folder_holds_what_the_design_promises(place, lines):
@@ -83,7 +105,7 @@ def test_a_second_run_skips_every_step(place, lines, capsys):
 def test_validate_and_score_agree_from_the_command_line(place, lines, capsys):
     data, file = place / "data", str(place / "submissions" / "tiny.csv.gz")
     size = ["--height", "96", "--width", "126"]
-    assert cli.main(["validate", file, "--sample", str(data / "sample_submission.csv"), *size]) == 0
+    assert cli.main(["validate", file, "--sample", str(data / "sample_submission.csv.zip"), *size]) == 0
     capsys.readouterr()
     assert cli.main(["score", file, "--truth", str(data / "truth.csv"), "--csv", str(place / "each.csv")]) == 0
     assert lines[-1].removeprefix("true ") in capsys.readouterr().out
@@ -92,10 +114,10 @@ def test_validate_and_score_agree_from_the_command_line(place, lines, capsys):
 
 def test_any_folder_is_predicted_with_the_ensemble_of_another_run(place, lines):
     values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
-    values |= {"run_name": "other", "test_dir": str(place / "data" / "train")}
+    values |= {"run_name": "other", "test_dir": str(place / "made" / "train")}
     values |= {"ensemble": str(place / "runs" / "tiny" / "ensemble.json")}
     pipeline.execute("05_predict", place / "05.ipynb", values)
-    scores = submission.score(place / "submissions" / "other.csv.gz", place / "data" / "train_masks.csv")
+    scores = submission.score(place / "submissions" / "other.csv.gz", place / "made" / "train_masks.csv")
     assert len(scores) == 20
 
 

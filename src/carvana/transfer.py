@@ -74,8 +74,9 @@ def _bring(api: Any, data_dir: Path, sizes: dict[str, int]) -> list[Path]:
 @contextlib.contextmanager
 def _alone(data_dir: Path) -> Iterator[None]:
     """Two downloads into one folder would write into each other's files: the second waits for the first."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / ".download.lock").open("w") as lock:
+    folder = data_dir / ".download"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -131,7 +132,6 @@ def _fault(path: Path, size: int) -> str:
 def _fetch(api: Any, data_dir: Path, name: str, size: int, bar: tqdm) -> Path:
     """Download into a file of its own, where a killed download goes on; verified before it is renamed."""
     part = _part(data_dir, name)
-    part.parent.mkdir(exist_ok=True)
     ask(name, _receive, api, part, name, size, bar, grown=lambda: _length(part))
     final = part.name + ".zip" * (zipfile.is_zipfile(part) and part.suffix != ".zip")
     _tag(part).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "", None)
 
@@ -31,3 +32,5 @@ if port := os.environ.get("FAKE_KAGGLE_PORT"):
 
     for environment in kaggle_env._env_to_endpoint:
         kaggle_env._env_to_endpoint[environment] = f"http://127.0.0.1:{port}"
+    if os.environ.get("FAKE_NO_SLEEP"):  # pauses between tries
+        time.sleep = lambda seconds: None
