@@ -115,7 +115,7 @@ def test_the_probability_is_of_the_network_that_has_not_seen_the_car_and_is_kept
 
 def test_the_place_where_most_is_wrong_is_enlarged(shown):
     whole = pixels(shown)
-    shown.close.value = True
+    shown.zoom.value = True
     assert pixels(shown).shape[0] == 640
     assert not np.array_equal(pixels(shown), whole[: pixels(shown).shape[0], : pixels(shown).shape[1]])
 

@@ -59,13 +59,13 @@ class Browser(VBox):
         self.view.options = sorted(pictures["view"].unique().tolist())
         self.rank = IntSlider(1, 1, len(pictures), description="picture", continuous_update=False)
         self.layers = {name: ToggleButton(on, description=name) for name, on in LAYERS.items()}
-        self.close = ToggleButton(False, description="where most is wrong")
+        self.zoom = ToggleButton(False, description="where most is wrong")
         self.image, self.caption = Image(format="jpeg"), HTML()
         chosen = HBox([self.run, self.order]), HBox([self.car, self.view]), self.rank
-        super().__init__([*chosen, HBox([*self.layers.values(), self.close]), self.caption, self.image])
+        super().__init__([*chosen, HBox([*self.layers.values(), self.zoom]), self.caption, self.image])
         self._sort()
         for widget, react in ((self.run, self._sort), (self.order, self._sort), (self.rank, self._show),
-                              (self.car, self._find), (self.view, self._find), (self.close, self._show)):  # fmt: skip
+                              (self.car, self._find), (self.view, self._find), (self.zoom, self._show)):  # fmt: skip
             widget.observe(react, "value")
         for layer in self.layers.values():
             layer.observe(self._show, "value")
@@ -106,10 +106,10 @@ class Browser(VBox):
         self.car.value, self.view.value = picture["car"], picture["view"]
         self.settled = True
         true = rle.decode(picture["rle"], picture["height"], picture["width"])
-        needed = layers & {"probability", "difference"} or self.close.value
+        needed = layers & {"probability", "difference"} or self.zoom.value
         probability = self.probability(self.run.value, picture["img"], picture["fold"]) if needed else None
         shown = self.photograph(picture["img"]), true, probability
-        if self.close.value:
+        if self.zoom.value:
             window = densest(true != (probability > 0.5), CLOSE)
             shown = [None if image is None else image[window] for image in shown]
         self.image.value = simplejpeg.encode_jpeg(painted(*shown, layers), quality=92)

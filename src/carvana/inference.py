@@ -218,12 +218,13 @@ def unsure(blended: Sequence[torch.Tensor], cut: float) -> float:
     0.36 for the middle picture of a trained ensemble at 512x512, 0.74 for one whose lower edge is lost in its shadow.
     Without any outline it is the number of such pixels.
     """
-    first, *others = blended
-    logits = first + sum(interpolate(part[None, None], first.shape, mode="bilinear")[0, 0] for part in others)
-    logits = logits if logits.is_cuda else logits.numpy()  # torch's threads would take the network's cores
-    car, near = logits > cut, abs(logits - cut) < 1
-    outline = (car[1:] != car[:-1]).sum() + (car[:, 1:] != car[:, :-1]).sum()
-    return round(int(near.sum()) / max(1, int(outline)), 3)
+    logits = blended[0]
+    for part in blended[1:]:
+        logits = logits + interpolate(part[None, None], logits.shape, mode="bilinear")[0, 0]
+    logits, count = (logits, torch.count_nonzero) if logits.is_cuda else (logits.numpy(), np.count_nonzero)
+    car, near = logits > cut, (logits > cut - 1) & (logits < cut + 1)
+    outline = count(car[1:] != car[:-1]) + count(car[:, 1:] != car[:, :-1])
+    return round(int(count(near)) / max(1, int(outline)), 3)
 
 
 def _edges_on_device(blended: Sequence[torch.Tensor], full: Size, cut: float) -> np.ndarray:
