@@ -1,6 +1,7 @@
 """What the networks of a fold say of each of its pictures: scores, where errors are, where all contradict the mask."""
 
 import math
+from collections.abc import Iterator
 from itertools import product
 
 import cv2
@@ -23,7 +24,11 @@ PATCH = 5  # pixels a contradicted patch is wide and high at least: edges are so
 def score_fold(
     run_dir, members, names, pictures, photos, views, batch_size, fold
 ) -> tuple[pd.DataFrame, dict[int, np.ndarray]]:
-    """Scores of a fold's pictures and their errors summed by view, read where they are kept."""
+    """Scores of a fold's pictures and their errors summed by view, as `evaluation.evaluate` returns them for all folds.
+
+    Kept in `run_dir` and read again there, for the same members, views, masks and photographs. members: checkpoints,
+    fold by fold and within it run by run; names: the runs' names and the folds, for the names of variants.
+    """
     truth, settings = pictures[["img", "rle"]].to_numpy().tolist(), (THRESHOLDS, MAP, SURE, PATCH)
     key = fingerprint([sha256(member) for member in members], names, views, truth, photos.stamp(), settings)
     folder = run_dir / (f"fold{fold}" if fold != HOLDOUT else "holdout")
@@ -36,14 +41,9 @@ def score_fold(
     with progress(None, f"scoring {folder.name}", total=len(pictures)) as bar:
         photographs = Photographs(photos, pictures["img"].tolist(), ensemble.sizes)
         for each, full, batch in batched(ensemble, photographs, in_batches(len(pictures), batch_size)):
-            variants, agreed = _variants(each, views, *names, fold), _agreed(each)
-            for i, row in enumerate(batch):
-                picture, true = pictures.iloc[row], rle.decode(pictures["rle"].iloc[row], *full[i])
-                own = {name: [logits[i] for logits in blended] for name, blended in variants.items()}
-                scored, predicted = _score(own, true, len(names[0]))
-                least, most = ([logits[i] for logits in of_size] for of_size in agreed)
-                rows.append(picture[["img", "car", "view"]].to_dict() | scored | disputed(least, most, true))
-                sums[picture["view"]] = sums.get(picture["view"], 0) + error_map(predicted, true)
+            for row, errors_of_it in _score_batch(each, full, pictures.iloc[batch], views, names, fold):
+                rows.append(row)
+                sums[row["view"]] = sums.get(row["view"], 0) + errors_of_it
             bar.update(len(batch))
     table = pd.DataFrame(rows)
     table.insert(3, "fold", fold)
@@ -51,6 +51,18 @@ def score_fold(
         np.savez_compressed(file, **{str(view): own for view, own in sums.items()})
     write_text(path, table.to_csv(index=False))
     return table, sums
+
+
+def _score_batch(each, full, pictures, views, names, fold) -> Iterator[tuple[dict, np.ndarray]]:
+    """A row of the table and an error map for each picture of a batch."""
+    variants, agreed = _variants(each, views, *names, fold), _agreed(each)
+    for i, picture in enumerate(pictures.itertuples()):
+        true = rle.decode(picture.rle, *full[i])
+        own = {name: [logits[i] for logits in blended] for name, blended in variants.items()}
+        scored, predicted = _score(own, true, len(names[0]))
+        least, most = ([logits[i] for logits in of_size] for of_size in agreed)
+        row = {"img": picture.img, "car": picture.car, "view": picture.view}
+        yield row | scored | disputed(least, most, true), error_map(predicted, true)
 
 
 def error_map(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
