@@ -110,7 +110,9 @@ def errors(photos: Archive, names, probabilities, masks=None, titles=None, thres
             continue
         wrong += (true & ~predicted).sum(), (predicted & ~true).sum()
         image, spot = _painted(image, predicted, true), _densest(true != predicted)
-        _cropped(axes[2 * i], image, true, TRUE, _around(true | predicted), title, spot)
+        shown = true | predicted
+        shown[spot[0] : spot[0] + spot[2], spot[1] : spot[1] + spot[3]] = True  # the frame must not leave the panel
+        _cropped(axes[2 * i], image, true, TRUE, _around(shown), title, spot)
         _cropped(axes[2 * i + 1], image, true, TRUE, spot, "where most is wrong", halo=0)
     text = f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the picture"
     if known:
