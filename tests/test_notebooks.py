@@ -77,9 +77,9 @@ def test_nothing_that_a_run_writes_holds_the_key(place, lines):
 
 def test_the_run_folder_holds_what_the_design_promises(place, lines):
     run = place / "runs" / "tiny"
-    for name in ("run.json", "folds.csv", "scores.csv", "ensemble.json", "report.html", "submission.json",
-                 "fold0/best.safetensors", "fold1/last.safetensors", "fold0/history.csv", "fold0/state.pt",
-                 "parts/part-00000.csv", "parts/part-00000.json"):  # fmt: skip
+    for name in ("run.json", "folds.csv", "scores.csv", "quality.csv", "ensemble.json", "report.html",
+                 "submission.json", "fold0/best.safetensors", "fold1/last.safetensors", "fold0/history.csv",
+                 "fold0/state.pt", "parts/part-00000.csv", "parts/part-00000.json"):  # fmt: skip
         assert (run / name).exists(), name
     assert len(pd.read_csv(run / "scores.csv")) == 20
     assert set(json.loads((run / "run.json").read_text())) == {"parameters", "data", "versions", "commit", "machine"}
