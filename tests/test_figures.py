@@ -53,11 +53,6 @@ def scores(dice=(0.9, 0.8, 0.7, 0.6)):
     return rows.assign(edge_1=30, edge_3=20, edge_10=25, missed=15, extra=10)
 
 
-def history(dice, loss):
-    epochs = list(range(len(dice)))
-    return pd.DataFrame({"epoch": epochs, "lr": 0.01, "loss": loss, "dice": dice, "iou": [d / (2 - d) for d in dice]})
-
-
 def title(ax):
     return ax.get_title(loc="left")
 
@@ -159,22 +154,6 @@ def test_fold_balance_counts_held_out_cars_apart(pictures):
     assert title(left) == "Folds hold 16 to 16 pictures"
     assert [label.get_text() for label in left.get_xticklabels()] == ["held out", "0"]
     assert title(right) == "Mean areas lie between 4.2% and 16.7%"
-
-
-def test_training_curves_tell_the_best_epoch_and_the_untrained_score():
-    figure = draw(figures.training_curves(history([0.1, 0.95, 0.9], [np.nan, 0.5, 0.25])))
-    loss, dice, iou, lr = figure.axes
-    assert title(loss) == "Loss goes from 0.5000 to 0.2500"
-    assert title(dice) == "Best Dice 0.950000, untrained 0.100000"
-    assert title(iou) == "Best IoU 0.904762, untrained 0.052632"
-    assert [text.get_text() for text in dice.get_legend().get_texts()] == ["untrained", "best Dice, epoch 1"]
-    assert {ax.get_xlabel() for ax in figure.axes} == {"epoch"}
-    assert lr.get_ylabel() == "learning rate"
-
-
-@pytest.mark.parametrize("dice", [[0.0], [0.5], [0.0, 1.0], [0.3, 0.3, 0.3], list(np.linspace(0.1, 0.9995, 50))])
-def test_training_curves_bear_any_history(dice):
-    draw(figures.training_curves(history(dice, [np.nan] + [0.5] * (len(dice) - 1))))
 
 
 def test_overlays_paint_missed_and_extra_pixels_in_their_colours(archive):

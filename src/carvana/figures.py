@@ -169,29 +169,6 @@ def fold_balance(pictures: pd.DataFrame, folds: pd.DataFrame) -> Figure:
     return figure
 
 
-def training_curves(history: pd.DataFrame) -> Figure:
-    """Loss, Dice, IoU and learning rate of one fold against epochs, from the untrained network at epoch 0 on."""
-    figure, (loss, dice, iou, lr) = charts(2, 2, 5.6)
-    epochs, losses, best = history["epoch"], history["loss"].dropna(), history.loc[history["dice"].idxmax()]
-    for ax, name, text in ((dice, "dice", "Dice"), (iou, "iou", "IoU")):
-        values = inside(history[name])
-        ax.plot(epochs, values, "o-", color=PREDICTED, markersize=4)
-        ax.plot(epochs[:1], values[:1], "o", color="white", markeredgecolor=PREDICTED, label="untrained")
-        ax.axvline(best["epoch"], color=MARK, linewidth=2, zorder=0, label=f"best Dice, epoch {best['epoch']:g}")
-        ax.legend(fontsize=TEXT - 1.5, loc="lower right")
-        title = f"Best {text} {best[name]:.6f}, untrained {history[name].iloc[0]:.6f}"
-        label(ax, title, "epoch", f"mean {text} (logit scale)", scores={"y": values})
-    fell = f"Loss goes from {losses.iloc[0]:.4f} to {losses.iloc[-1]:.4f}" if len(losses) else "No loss yet"
-    label(loss, fell, "epoch", "mean training loss")
-    label(lr, f"Learning rate is at most {history['lr'].max():.2g}", "epoch", "learning rate")
-    for ax, name in ((loss, "loss"), (lr, "lr")):
-        ax.plot(epochs, history[name], "o-", color=DATA, markersize=4)
-    for ax in (loss, dice, iou, lr):
-        ax.set_xlim(-0.03 * max(1, epochs.max()), 1.03 * max(1, epochs.max()))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
 def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
     """Predicted areas of test pictures against areas of training masks; `area` of both tables is a share."""
     figure, (ax,) = charts(1, 1, 3.2)

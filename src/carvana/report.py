@@ -33,6 +33,7 @@ CAPTIONS = {
     "disputed": "Masks that every network contradicts",
     "test_samples": "Predictions on test pictures",
     "test_areas": "Predicted areas against training areas",
+    "test_unsure": "Test pictures in which the networks hesitate",
 }
 
 
