@@ -33,8 +33,8 @@ def machine() -> str:
 
 
 def write(name: str, found: dict) -> None:
-    """Write bench/results/NAME.json, with the machine and the command."""
+    """Write bench/results/NAME.json, with the machine and the command, of folders elsewhere the names alone."""
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)])
     text = json.dumps({"machine": machine(), "command": command} | found, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -58,6 +58,19 @@ def test_key_file_is_read_anew_in_the_same_process(fake, monkeypatch, tmp_path):
     assert kaggle_api.client().config_values["username"] == "carol"
 
 
+def test_a_key_that_others_can_read_is_warned_of_without_being_shown(fake, monkeypatch, tmp_path, capfd):
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name)
+    path = tmp_path / "home" / ".kaggle" / "kaggle.json"
+    path.write_text(json.dumps({"username": "carol", "key": "k-1"}))
+    path.chmod(0o644)
+    kaggle_api.client()
+    assert capfd.readouterr().out == f"Warning: others on this machine can read {path}. Close it: chmod 600 {path}\n"
+    path.chmod(0o600)
+    kaggle_api.client()
+    assert capfd.readouterr().out == ""
+
+
 def test_a_token_that_kaggle_does_not_take(fake, monkeypatch):
     for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
         monkeypatch.delenv(name)

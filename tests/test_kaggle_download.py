@@ -54,6 +54,15 @@ def test_what_was_put_there_by_hand_is_kept_if_sound_and_replaced_if_not(fake, d
     assert fake.calls("storage") == 2
 
 
+def test_zips_that_were_attached_or_copied_are_read_through(data):
+    data.mkdir()
+    whole = zipped(3000)
+    (data / "train.zip").write_bytes(whole)
+    assert transfer.verify(data) == [data / "train.zip"]
+    (data / "train.zip").write_bytes(whole[:1000] + bytes(9) + whole[1009:])
+    refused("train.zip is broken: picture.jpg. Download it again", transfer.verify, data)
+
+
 def test_high_quality_and_names_with_or_without_zip(fake, data):
     fake.files = {"train_hq.zip": zipped(), "test_hq.zip": zipped(), **fake.files}
     assert transfer.download(data, hq=True)[0].name == "train_hq.zip"

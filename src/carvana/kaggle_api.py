@@ -97,6 +97,7 @@ def _stored_key(path: Path) -> dict:
 def client() -> Any:
     """The official client, authenticated; every call of it goes through `ask`. UserError where it does not work."""
     source = credentials_source()
+    _warn_if_open(Path(source))
     try:
         with tamed():
             from kaggle.api.kaggle_api_extended import KaggleApi
@@ -112,6 +113,11 @@ def client() -> Any:
     except Exception as error:
         raise refusal(error, "Signing in") from None
     return api
+
+
+def _warn_if_open(path: Path) -> None:
+    if path.is_file() and path.stat().st_mode & 0o077:
+        print(f"Warning: others on this machine can read {path}. Close it: chmod 600 {path}")
 
 
 @contextlib.contextmanager

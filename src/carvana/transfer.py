@@ -81,6 +81,16 @@ def _alone(data_dir: Path) -> Iterator[None]:
         yield
 
 
+def verify(data_dir: str | Path) -> list[Path]:
+    """Read every zip of a folder that was filled by hand, or attached on Kaggle; UserError names a broken one."""
+    data_dir = Path(data_dir)
+    known, paths = _manifest(data_dir), sorted(data_dir.glob("*.zip"))
+    for path in progress([path for path in paths if path.name not in known], "verifying", "zips"):
+        if fault := _fault(path, 0):
+            raise UserError(f"{path} {fault}. Download it again.")
+    return paths
+
+
 def list_files(api: Any) -> dict[str, int]:
     """Name -> bytes of every file of the competition, from all pages of the listing."""
     sizes, token, seen = {}, "", set()

@@ -1,0 +1,74 @@
+"""A submission of the competition's size from its parts: seconds and memory to assemble, validate and score it.
+
+100064 rows of about 1200 runs, parts of 512; each stage is a process of its own. The disk's part is in the seconds.
+
+python bench/rows.py [--rows 100064]
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import synthetic
+from common import machine, write
+
+from carvana import rle, submission
+from carvana.prediction import PART_SIZE
+
+CARS = 64  # different masks, which the rows repeat
+
+
+def make(folder: Path, rows: int) -> list[str]:
+    """Parts, a sample and a truth; returns the names."""
+    texts = [rle.encode(mask) for mask in synthetic.masks(CARS)]
+    names = [f"{i // 16:012x}_{i % 16 + 1:02d}.jpg" for i in range(rows)]
+    lines = [f"{name},{texts[i % CARS]}\n" for i, name in enumerate(names)]
+    for number, first in enumerate(range(0, rows, PART_SIZE)):
+        (folder / f"part-{number:05d}.csv").write_text("img,rle_mask\n" + "".join(lines[first : first + PART_SIZE]))
+    truth = (f"{name},{texts[(i + 1) % CARS]}\n" for i, name in enumerate(names))
+    (folder / "truth.csv").write_text("img,rle_mask\n" + "".join(truth))
+    (folder / "sample.csv").write_text("img,rle_mask\n" + "".join(f"{name},1 1\n" for name in names))
+    return names
+
+
+def stage(name: str, folder: Path) -> None:
+    """One stage, which prints its seconds and what its process held at most in MB."""
+    path, began = folder / "made.csv.gz", time.perf_counter()
+    if name == "assemble":
+        wanted = [line.partition(",")[0] for line in (folder / "sample.csv").read_text().splitlines()[1:]]
+        submission.assemble(sorted(folder.glob("part-*.csv")), wanted, path)
+    elif name == "validate":
+        assert submission.validate(path, folder / "sample.csv").ok
+    else:
+        submission.score(path, folder / "truth.csv")
+    print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100064)
+    parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        return stage(options.stage[0], Path(options.stage[1]))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), options.rows)
+        for name in ("assemble", "validate", "score"):
+            command = [sys.executable, __file__, "--stage", name, folder]
+            ended = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds, held = map(float, ended.stdout.split())
+            found[name] = {"seconds": round(seconds, 1), "memory_mb": round(held)}
+            print(name, found[name], flush=True)
+        found["file_mb"] = round((Path(folder) / "made.csv.gz").stat().st_size / 1e6)
+    print(machine())
+    write("rows", found | {"rows": options.rows})
+    return None
+
+
+if __name__ == "__main__":
+    main()
