@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import synthetic
@@ -22,17 +23,20 @@ from carvana.prediction import PART_SIZE
 CARS = 64  # different masks, which the rows repeat
 
 
-def make(folder: Path, rows: int) -> list[str]:
-    """Parts, a sample and a truth; returns the names."""
+def make(folder: Path, rows: int) -> None:
+    """Parts, a sample and a truth."""
     texts = [rle.encode(mask) for mask in synthetic.masks(CARS)]
     names = [f"{i // 16:012x}_{i % 16 + 1:02d}.jpg" for i in range(rows)]
-    lines = [f"{name},{texts[i % CARS]}\n" for i, name in enumerate(names)]
     for number, first in enumerate(range(0, rows, PART_SIZE)):
-        (folder / f"part-{number:05d}.csv").write_text("img,rle_mask\n" + "".join(lines[first : first + PART_SIZE]))
-    truth = (f"{name},{texts[(i + 1) % CARS]}\n" for i, name in enumerate(names))
-    (folder / "truth.csv").write_text("img,rle_mask\n" + "".join(truth))
-    (folder / "sample.csv").write_text("img,rle_mask\n" + "".join(f"{name},1 1\n" for name in names))
-    return names
+        table(folder / f"part-{number:05d}.csv", [(names[i], texts[i % CARS]) for i in range(rows)[first:][:PART_SIZE]])
+    table(folder / "truth.csv", ((name, texts[(i + 1) % CARS]) for i, name in enumerate(names)))
+    table(folder / "sample.csv", ((name, "1 1") for name in names))
+
+
+def table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    with path.open("w") as file:
+        file.write("img,rle_mask\n")
+        file.writelines(f"{name},{text}\n" for name, text in rows)
 
 
 def stage(name: str, folder: Path) -> None:

@@ -18,7 +18,8 @@ from carvana.files import UserError, nearest, read_json, resolve
 from carvana.folds import HOLDOUT, read_folds
 from carvana.grid import resize
 from carvana.inference import Ensemble, masks
-from carvana.live import CLOSE, densest, outline
+from carvana.live import CLOSE, outline
+from carvana.overlays import densest
 from carvana.photos import Archive, full_picture, index, photographs
 
 LARGEST = 640, 960  # height and width of what is shown, in screen pixels

@@ -16,12 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from carvana import training
 from carvana.figures import DATA, MARK, PREDICTED, TEXT, TRUE, charts, inside, label, panels
+from carvana.overlays import densest, framed, outlined
 from carvana.photos import Archive, full_picture
 from carvana.state import LOGIT_STEPS, Fold
 
@@ -144,11 +143,11 @@ def strip(fold: Fold) -> Figure:
         image, target = fold.source[row]
         window = densest(outline(target > 127), SHARE)
         soft, name = target[window] / 255, fold.pictures["img"].iloc[row].partition(".")[0]
-        _crop(line[0], image[window], soft, name, TRUE)
+        outlined(line[0], image[window], soft, TRUE, name)
         for ax, epoch in zip(line[1:], epochs, strict=True):
             probability = 1 / (1 + np.exp(-logits[epoch][i][window]))
             wrong[epoch].append(np.mean((probability > 0.5) != (soft > 0.5)))
-            _crop(ax, probability, soft, f"epoch {epoch}" if epoch else "untrained", TRUE)
+            outlined(ax, probability, soft, TRUE, f"epoch {epoch}" if epoch else "untrained")
     first, last = (np.mean(wrong[epoch]) for epoch in (epochs[0], epochs[-1]))
     text = f"Around hard edges {first:.1%} of pixels are wrong at epoch {epochs[0]}, {last:.1%} at epoch {epochs[-1]}"
     figure._suptitle.set_text(text)
@@ -168,13 +167,12 @@ def hesitations(photos: Archive, names: list[str], probabilities: list[np.ndarra
     shares = []
     for left, right, name, probability, title in zip(axes[::2], axes[1::2], names, probabilities, titles, strict=False):
         image, unsure = full_picture(photos, name), _hesitates(probability)
-        rows, columns = window = densest(unsure, CLOSE)
+        window = densest(unsure, CLOSE)
         shares.append(unsure[window].sum() / max(1, unsure.sum()))
-        _crop(left, image, probability, title, PREDICTED)
-        sides = columns.stop - columns.start, rows.stop - rows.start
-        left.add_patch(Rectangle((columns.start, rows.start), *sides, fill=False, color=MARK, linewidth=2))
+        outlined(left, image, probability, PREDICTED, title)
+        framed(left, window)
         image[unsure] = 0.4 * image[unsure] + 0.6 * 255 * np.array(to_rgb(MARK))
-        _crop(right, image[window], probability[window], "in orange: unsure", PREDICTED)
+        outlined(right, image[window], probability[window], PREDICTED, "in orange: unsure")
     text = f"The frames hold {CLOSE**2:.1%} of the picture and {np.mean(shares):.0%} of the pixels that are unsure"
     figure._suptitle.set_text(text)
     return figure
@@ -184,26 +182,6 @@ def _hesitates(probability: np.ndarray) -> np.ndarray:
     return (probability > UNSURE[0]) & (probability < UNSURE[1])
 
 
-def _crop(ax: Axes, image: np.ndarray, soft: np.ndarray, title: str, colour: str) -> None:
-    """A photograph (h, w, 3) or probabilities (h, w), and the line where `soft`, (h, w) in [0, 1], passes 0.5."""
-    ax.imshow(image, cmap="cividis", vmin=0, vmax=1, interpolation="antialiased")
-    ax.set_title(title, fontsize=TEXT - 2)
-    if soft.min() < 0.5 < soft.max():
-        line = ax.contour(soft, [0.5], colors=[colour], linewidths=1.2)
-        line.set_path_effects([withStroke(linewidth=2.2, foreground="white", alpha=0.8)])
-
-
 def outline(mask: np.ndarray) -> np.ndarray:
     """Pixels of a mask (H, W) bool beside its edge; where they are dense, the edge is hard."""
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-
-
-def densest(marked: np.ndarray, share: float) -> tuple[slice, slice]:
-    """The window, `share` of the sides of `marked` (H, W) bool, around most marked pixels: rows and columns."""
-    size = [max(2, round(side * share)) for side in marked.shape]
-    density = marked.astype(np.float32)
-    for _ in range(2):  # twice: what is in the middle of the window counts most
-        density = cv2.boxFilter(density, -1, [side // 2 for side in size[::-1]], borderType=cv2.BORDER_CONSTANT)
-    places = zip(np.unravel_index(density.argmax(), density.shape), size, marked.shape, strict=True)
-    starts = [min(max(0, int(middle) - side // 2), whole - side) for middle, side, whole in places]
-    return tuple(slice(start, start + side) for start, side in zip(starts, size, strict=True))

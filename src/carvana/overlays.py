@@ -19,6 +19,8 @@ from carvana.files import atomic
 from carvana.grid import Grid, resize
 from carvana.photos import Archive, full_picture, picture
 
+Window = tuple[slice, slice]  # rows and columns
+
 
 def turntable(photos: Archive, pictures: pd.DataFrame, car: str) -> Figure:
     """Every view of a car with the outline of its mask."""
@@ -27,7 +29,7 @@ def turntable(photos: Archive, pictures: pd.DataFrame, car: str) -> Figure:
     span = f"{low['area']:.1%} of the picture (view {low['view']}) to {high['area']:.1%} (view {high['view']})"
     figure, axes = panels(len(views), 4, low["height"] / low["width"], f"Car {car} covers {span}")
     for ax, row in zip(axes, views.itertuples(), strict=False):
-        _outlined(ax, *_reduced(photos, row), TRUE, f"view {row.view}: {row.area:.1%} car")
+        outlined(ax, *_reduced(photos, row), TRUE, f"view {row.view}: {row.area:.1%} car")
     return figure
 
 
@@ -85,7 +87,7 @@ def odd_pictures(photos: Archive, pictures: pd.DataFrame, odd: pd.DataFrame, col
         for ax, at in zip(axes[line * columns :], values[values > 0].nlargest(columns).index, strict=False):
             row = pictures.loc[at]
             image, soft = _reduced(photos, row)
-            _outlined(ax, image, soft, TRUE, f"{row.img}\n{texts[name].format(odd.loc[at, name])}")
+            outlined(ax, image, soft, TRUE, f"{row.img}\n{texts[name].format(odd.loc[at, name])}")
             if name != "ratio":
                 x, y = np.array(odd.loc[at, f"{name}_at"]) * image.shape[1] / row.width
                 ax.plot(x, y, "o", markersize=16, markerfacecolor="none", markeredgecolor=MARK, markeredgewidth=2)
@@ -109,9 +111,9 @@ def errors(photos: Archive, names, probabilities, masks=None, titles=None, thres
             _cropped(axes[i], image, predicted, PREDICTED, _around(predicted), title)
             continue
         wrong += (true & ~predicted).sum(), (predicted & ~true).sum()
-        image, spot = _painted(image, predicted, true), _densest(true != predicted)
+        image, spot = _painted(image, predicted, true), densest(true != predicted)
         shown = true | predicted
-        shown[spot[0] : spot[0] + spot[2], spot[1] : spot[1] + spot[3]] = True  # the frame must not leave the panel
+        shown[spot] = True  # the frame must not leave the panel
         _cropped(axes[2 * i], image, true, TRUE, _around(shown), title, spot)
         _cropped(axes[2 * i + 1], image, true, TRUE, spot, "where most is wrong", halo=0)
     text = f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the picture"
@@ -133,9 +135,9 @@ def save_errors(photos: Archive, names, predicted, masks, folder: Path, width: i
         old.unlink()
     for name, own, true in zip(names, predicted, masks, strict=True):
         image = _painted(full_picture(photos, name), own, true)
-        top, left, height, wide = _densest(own != true, 0.25)
-        zoom = np.ascontiguousarray(image[top : top + height, left : left + wide])
-        edge = resize(true[top : top + height, left : left + wide].astype(np.float32), *(size := _fitted(zoom, width)))
+        spot = densest(own != true, 0.25)
+        zoom = np.ascontiguousarray(image[spot])
+        edge = resize(true[spot].astype(np.float32), *(size := _fitted(zoom, width)))
         _write_jpeg(folder / f"{Path(name).stem}_zoom.jpg", _edged(resize(zoom, *size), edge > 0.5, 2))
         _write_jpeg(folder / f"{Path(name).stem}.jpg", _edged(image, true, 1))
 
@@ -171,9 +173,9 @@ def _reduced(photos: Archive, row, width: int = 320) -> tuple[np.ndarray, np.nda
     return image, grid.soft_target(rle.decode(row.rle, row.height, row.width)) / 255
 
 
-def _outlined(ax: Axes, image: np.ndarray, soft: np.ndarray, colour: str, title: str, halo: float = 2.4) -> None:
-    """A picture (H, W, 3) and the line, on a white one, where `soft`, (H, W) in [0, 1], passes 0.5."""
-    ax.imshow(image)
+def outlined(ax: Axes, image: np.ndarray, soft: np.ndarray, colour: str, title: str, halo: float = 2.4) -> None:
+    """A photograph (H, W, 3) or probabilities (H, W), and the line where `soft`, (H, W) in [0, 1], passes 0.5."""
+    ax.imshow(image, cmap="cividis", vmin=0, vmax=1)
     ax.set_title(title, fontsize=TEXT - 1.5)
     if soft.min() < 0.5 < soft.max():
         line = ax.contour(soft, [0.5], colors=[colour], linewidths=1.3)
@@ -182,36 +184,44 @@ def _outlined(ax: Axes, image: np.ndarray, soft: np.ndarray, colour: str, title:
 
 def _cropped(ax: Axes, image, mask, colour: str, window, title: str, marked=None, halo: float = 2.4) -> None:
     """One panel: a window of a picture with an outline, and a frame around the window `marked`."""
-    top, left, height, width = window
-    scale = min(1, 480 / width)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
-    crop = np.s_[top : top + height, left : left + width]
-    soft = resize(mask[crop].astype(np.float32), *size)
-    _outlined(ax, resize(np.ascontiguousarray(image[crop]), *size), soft, colour, title, halo)
+    crop, soft = np.ascontiguousarray(image[window]), mask[window].astype(np.float32)
+    scale = min(1, 480 / crop.shape[1])
+    size = [max(1, round(side * scale)) for side in soft.shape]
+    outlined(ax, resize(crop, *size), resize(soft, *size), colour, title, halo)
     if marked:
-        corner = (marked[1] - left) * scale, (marked[0] - top) * scale
-        ax.add_patch(Rectangle(corner, marked[3] * scale, marked[2] * scale, fill=False, color=MARK, linewidth=2))
+        framed(ax, marked, window[0].start, window[1].start, scale)
 
 
-def _around(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a window of the picture's shape around a mask; all of it for an empty mask."""
+def framed(ax: Axes, window: Window, top: int = 0, left: int = 0, scale: float = 1) -> None:
+    """A frame around a window of a picture of which the panel shows what is below `top` and right of `left`."""
+    rows, columns = window
+    corner = (columns.start - left) * scale, (rows.start - top) * scale
+    sides = (columns.stop - columns.start) * scale, (rows.stop - rows.start) * scale
+    ax.add_patch(Rectangle(corner, *sides, fill=False, color=MARK, linewidth=2))
+
+
+def _around(mask: np.ndarray) -> Window:
+    """A window of the picture's shape around a mask; all of it for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
-        return 0, 0, *mask.shape
+        return _window(mask.shape, 0, 0, 1)
     share = 1.08 * max((np.ptp(rows) + 1) / mask.shape[0], (np.ptp(columns) + 1) / mask.shape[1])
     return _window(mask.shape, (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2, share)
 
 
-def _densest(wrong: np.ndarray, share: float = 0.125) -> tuple[int, int, int, int]:
-    """The window, `share` of the picture's sides, with most wrong pixels."""
-    size = tuple(max(1, round(side * share)) for side in wrong.shape)
-    density = wrong.astype(np.float32)
-    for _ in range(2):  # once gives all windows that hold the same errors the same density, wherever these lie
+def densest(marked: np.ndarray, share: float = 0.125) -> Window:
+    """The window, `share` of the sides of `marked` (H, W) bool, around most marked pixels."""
+    size = [max(1, round(side * share / 2)) for side in marked.shape]
+    density = marked.astype(np.float32)
+    for _ in range(2):  # twice: what is in the middle of the window counts most
         density = cv2.boxFilter(density, -1, size[::-1], borderType=cv2.BORDER_CONSTANT)
-    return _window(wrong.shape, *np.unravel_index(density.argmax(), density.shape), share)
+    return _window(marked.shape, *np.unravel_index(density.argmax(), density.shape), share)
 
 
-def _window(shape: tuple[int, int], y: float, x: float, share: float) -> tuple[int, int, int, int]:
-    height, width = (max(2, round(side * min(1, share))) for side in shape)
-    top, left = round(y - height / 2), round(x - width / 2)
-    return min(max(0, top), shape[0] - height), min(max(0, left), shape[1] - width), height, width
+def _window(shape: tuple[int, int], y: float, x: float, share: float) -> Window:
+    """`share` of a picture's sides around a place, within the picture."""
+    sizes = [max(2, round(side * min(1, share))) for side in shape]
+    firsts = [
+        min(max(0, round(at - size / 2)), side - size) for at, size, side in zip((y, x), sizes, shape, strict=True)
+    ]
+    return tuple(slice(first, first + size) for first, size in zip(firsts, sizes, strict=True))
