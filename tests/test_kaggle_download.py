@@ -87,6 +87,15 @@ def test_a_listing_without_sizes(fake, data):
     assert [path.name for path in transfer.download(data, ["train.zip"])] == ["train.zip"]
 
 
+def test_half_a_table_of_unknown_size_is_fetched_anew(fake, data):
+    fake.files["plain.csv"], fake.sizes["plain.csv"] = b"img,rle_mask\n" * CHUNK, 0
+    fake.faults["storage"] = [f"cut:{CHUNK}"] + ["503"] * 9
+    refused("plain.csv: Kaggle is in trouble", transfer.download, data, ["plain.csv"])
+    fake.faults.clear()
+    transfer.download(data, ["plain.csv"])
+    assert (data / "plain.csv").read_bytes() == fake.files["plain.csv"]
+
+
 def test_full_disk_is_noticed_before_the_download(fake, data):
     fake.sizes["test.zip"] = 1 << 60
     refused("are needed and .* are free", transfer.download, data)

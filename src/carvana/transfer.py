@@ -151,8 +151,9 @@ def _fetch(api: Any, data_dir: Path, name: str, size: int, bar: tqdm) -> Path:
 def _receive(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
     """Ask once for what is missing; ValueError where the whole file is not there yet, broken pieces being dropped."""
     had = _length(part) if _tag(part).exists() else 0
-    if not had or (size and _fault(part, size)):
-        _append(api, part, name, had, bar)
+    checkable = size or zipfile.is_zipfile(part)  # else half a table would look like a whole one
+    if not had or not checkable or _fault(part, size):
+        _append(api, part, name, had * bool(checkable), bar)
     if fault := _fault(part, size):
         if not had < _length(part) < size:  # else the line ended early, and what has come may be sound
             bar.update(-_length(part))
