@@ -6,21 +6,34 @@ python bench/rows.py [--rows 100064]
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import synthetic
 from common import machine, write
 
-from carvana import rle, submission
+from carvana import rle
 from carvana.prediction import PART_SIZE
 
 CARS = 64  # different masks, which the rows repeat
+STAGES = {
+    "assemble": "submission.assemble(sorted(folder.glob('part-*.csv')), (folder / 'names').read_text().split(), made)",
+    "validate": "assert submission.validate(made, folder / 'sample.csv').ok",
+    "score": "submission.score(made, folder / 'truth.csv')",
+}
+STAGE = """
+import re, sys, time
+from pathlib import Path
+from carvana import submission
+folder = Path(sys.argv[1])
+made, began = folder / "made.csv.gz", time.perf_counter()
+{}
+held = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]  # of this program alone
+print(time.perf_counter() - began, int(held) / 1e3)
+"""
 
 
 def make(folder: Path, rows: int) -> None:
@@ -31,6 +44,7 @@ def make(folder: Path, rows: int) -> None:
         table(folder / f"part-{number:05d}.csv", [(names[i], texts[i % CARS]) for i in range(rows)[first:][:PART_SIZE]])
     table(folder / "truth.csv", ((name, texts[(i + 1) % CARS]) for i, name in enumerate(names)))
     table(folder / "sample.csv", ((name, "1 1") for name in names))
+    (folder / "names").write_text("\n".join(names))
 
 
 def table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -39,31 +53,15 @@ def table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
         file.writelines(f"{name},{text}\n" for name, text in rows)
 
 
-def stage(name: str, folder: Path) -> None:
-    """One stage, which prints its seconds and what its process held at most in MB."""
-    path, began = folder / "made.csv.gz", time.perf_counter()
-    if name == "assemble":
-        wanted = [line.partition(",")[0] for line in (folder / "sample.csv").read_text().splitlines()[1:]]
-        submission.assemble(sorted(folder.glob("part-*.csv")), wanted, path)
-    elif name == "validate":
-        assert submission.validate(path, folder / "sample.csv").ok
-    else:
-        submission.score(path, folder / "truth.csv")
-    print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100064)
-    parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.stage:
-        return stage(options.stage[0], Path(options.stage[1]))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), options.rows)
-        for name in ("assemble", "validate", "score"):
-            command = [sys.executable, __file__, "--stage", name, folder]
+        for name, work in STAGES.items():
+            command = [sys.executable, "-c", STAGE.format(work), folder]
             ended = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, held = map(float, ended.stdout.split())
             found[name] = {"seconds": round(seconds, 1), "memory_mb": round(held)}
@@ -71,7 +69,6 @@ def main() -> None:
         found["file_mb"] = round((Path(folder) / "made.csv.gz").stat().st_size / 1e6)
     print(machine())
     write("rows", found | {"rows": options.rows})
-    return None
 
 
 if __name__ == "__main__":
