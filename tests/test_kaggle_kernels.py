@@ -50,6 +50,8 @@ def test_a_profile_that_needs_the_internet_is_refused_and_a_weights_file_helps(p
     profile.write_text("run_name: tiny")
     with pytest.raises(UserError, match="tiny.yaml fetches encoder weights.*Give a file: --weights"):
         kernels.build(profile, tmp_path / "built", USER, wheels=False)
+    with pytest.raises(UserError, match="--weights .*w.safetensors is no file"):
+        kernels.build(profile, tmp_path / "built", USER, tmp_path / "w.safetensors", wheels=False)
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     arguments = ["--profile", profile, "--folder", tmp_path / "built", "--user", USER, "--no-wheels"]
     arguments += ["--weights", tmp_path / "w.safetensors"]

@@ -113,8 +113,17 @@ def test_training_that_was_stopped_goes_on_with_the_same_strip(watched, shared_c
             assert np.array_equal(live._kept(again, epoch, name)[0], live._kept(state, epoch, name)[0])
 
 
+def test_a_script_trains_without_a_display(shared_competition, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(live, "get_ipython", lambda: None)
+    assert len(live.train(fold_of(shared_competition, tmp_path, epochs=1))) == 2
+    shown = capfd.readouterr()
+    assert "100%|" in shown.err
+    assert "Figure" not in shown.out
+
+
 @pytest.mark.slow
 def test_training_in_processes_of_its_own_is_watched_from_its_files(shared_competition, tmp_path):
+    InteractiveShell.instance()
     run_dir = begun(shared_competition, tmp_path, batch_size=2)
     chosen, pictures = Recipe.of(read_json(run_dir / "run.json")["parameters"]), photos.index(shared_competition)
     source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, chosen.height, chosen.width)

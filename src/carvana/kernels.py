@@ -40,6 +40,8 @@ def build(
     fetched = values.get("encoder_weights", parameters()["encoder_weights"].default) == "imagenet"
     if fetched and not weights:
         raise UserError(f"{profile} fetches encoder weights, but the kernel has no internet. Give a file: --weights.")
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
     shutil.rmtree(folder / "dataset", ignore_errors=True)
     _write_suite(folder / "dataset" / "suite.zip", Path(profile))
     if weights:

@@ -11,6 +11,7 @@ import time
 import cv2
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -33,6 +34,8 @@ UNSURE = 0.27, 0.73  # probabilities between which a network hesitates, logits o
 
 def train(fold: Fold, max_hours: float = 0, workers: int = -1) -> pd.DataFrame:
     """`training.train`, shown in the notebook by one line of progress and two figures that are renewed in place."""
+    if get_ipython() is None:  # a script has no outputs to renew
+        return training.train(fold, max_hours, workers)
     shown = _Display(fold)
     with contextlib.redirect_stderr(shown):
         history = training.train(fold, max_hours, workers, shown.draw)
