@@ -41,6 +41,13 @@ def test_what_is_built_says_every_field_and_holds_the_suite(built, profile):
         assert not [name for name in suite.namelist() if "pycache" in name]
 
 
+def test_the_name_of_a_run_becomes_a_name_that_kaggle_takes(profile, tmp_path):
+    profile.write_text(profile.read_text().replace('"tiny"', '"My_run 2"'))
+    built = kernels.build(profile, tmp_path / "built", USER, wheels=False)
+    kernel = json.loads((built / "kernel" / "kernel-metadata.json").read_text())
+    assert (kernel["id"], kernel["title"]) == (f"{USER}/carvana-my-run-2", "carvana my run 2")
+
+
 def test_the_same_is_built_from_the_same(built, profile, tmp_path):
     again = kernels.build(profile, tmp_path / "again", USER, wheels=False)
     assert (again / "dataset" / "suite.zip").read_bytes() == (built / "dataset" / "suite.zip").read_bytes()

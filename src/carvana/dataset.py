@@ -19,6 +19,8 @@ from carvana.files import UserError, fingerprint, overlapped, progress
 from carvana.grid import Grid
 from carvana.photos import Archive, picture
 
+LAYOUT = "picture, target"  # of a cached item: another layout is another cache
+
 
 class Decoded(Sequence):
     """Pictures and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8.
@@ -29,7 +31,7 @@ class Decoded(Sequence):
     def __init__(self, photos: Archive, pictures: pd.DataFrame, height: int, width: int):
         self.photos, self.height, self.width = photos, height, width
         self.names, self.rles = pictures["img"].tolist(), pictures["rle"].tolist()
-        self.key = f"{height}x{width}-{fingerprint(photos.stamp(), self.names, self.rles)}"
+        self.key = f"{height}x{width}-{fingerprint(photos.stamp(), self.names, self.rles, LAYOUT)}"
 
     def __len__(self) -> int:
         """Number of pictures."""

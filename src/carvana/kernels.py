@@ -3,6 +3,7 @@
 The kernel needs no internet: the package, wheels of what it may lack and encoder weights come as a dataset of its own.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,8 @@ def build(
     user: owner on Kaggle. weights: file of encoder weights, for a profile that would fetch them. python: version that
     Kaggle runs, for the wheels. UserError where the profile could not run there.
     """
-    from carvana.pipeline import load_profile, parameters
-
-    folder, values = Path(folder), load_profile(profile)
-    fetched = values.get("encoder_weights", parameters()["encoder_weights"].default) == "imagenet"
-    if fetched and not weights:
+    folder, values = Path(folder), _filled(profile)
+    if values["encoder_weights"] == "imagenet" and not weights:
         raise UserError(f"{profile} fetches encoder weights, but the kernel has no internet. Give a file: --weights.")
     if weights and not Path(weights).is_file():
         raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
@@ -48,13 +46,20 @@ def build(
         shutil.copyfile(weights, folder / "dataset" / f"encoder{Path(weights).suffix}")
     if wheels:
         _fetch_wheels(folder / "dataset", python)
-    slug, name = f"carvana-{values['run_name']}", f"Carvana {values['run_name']}"
-    licences = [{"name": "other"}]
-    write_json(folder / "dataset" / "dataset-metadata.json",
-               {"id": f"{user}/{slug}-suite", "title": f"{name} suite", "licenses": licences})  # fmt: skip
+    slug = "carvana-" + re.sub(r"[^a-z0-9]+", "-", values["run_name"].lower())  # as Kaggle makes it of the title
+    title = slug.replace("-", " ")
+    described = {"id": f"{user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
+    write_json(folder / "dataset" / "dataset-metadata.json", described)
     write_text(folder / "kernel" / "carvana.ipynb", (resources.files("carvana") / "kernel.ipynb").read_text())
-    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(user, slug, name))
+    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(user, slug, title))
     return folder
+
+
+def _filled(profile: str | Path) -> dict:
+    """A profile with the defaults of what it does not say."""
+    from carvana.pipeline import load_profile, parameters  # only now: on Kaggle it needs what `install` has brought
+
+    return {name: parameter.default for name, parameter in parameters().items()} | load_profile(profile)
 
 
 def _kernel(user: str, slug: str, title: str) -> dict:
@@ -93,7 +98,8 @@ def _fetch_wheels(folder: Path, python: str) -> None:
 def requirements(path: Path) -> list[Requirement]:
     """What the package needs to run on Kaggle."""
     lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    return [made for line in lines if line and (made := Requirement(line)).name not in NOT_NEEDED]
+    wanted = [Requirement(line) for line in lines if line]
+    return [requirement for requirement in wanted if requirement.name not in NOT_NEEDED]
 
 
 def push(folder: str | Path, resume: bool = False) -> str:
@@ -215,15 +221,13 @@ def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus
 
     UserError that names everything that is missing, within seconds instead of hours.
     """
-    from carvana.pipeline import load_profile  # only now: it needs what `install` has brought
-
     shutil.copytree(suite / "notebooks", working_dir / "notebooks", dirs_exist_ok=True)
-    values, missing = load_profile(suite / "profile.yaml"), []
+    values, missing = _filled(suite / "profile.yaml"), []
     data = _below(input_dir, "train.zip") or _below(input_dir, "train")
     if not data:
         missing.append(f"the competition's data below {input_dir} (Add Input, Competition)")
     weights = next(dataset.glob("encoder.*"), None)
-    if values.get("encoder_weights") != "" and not weights:
+    if values["encoder_weights"] and not weights:
         missing.append("encoder weights (build again with --weights FILE)")
     if (found := _gpus()) < gpus:
         missing.append(f"{gpus - found} of {gpus} GPUs (Settings, Accelerator, GPU T4 x2)")
