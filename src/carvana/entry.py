@@ -34,13 +34,13 @@ def submit(
     check = submission.validate(path, sample, height, width)
     if not check.ok:
         raise UserError(f"{path} is not uploaded. {check.problems[0]}.")
-    api, sent = client(), Upload(path)
+    api, sent, file_hash = client(), Upload(path), sha256(path)
     ref = sent.resumed and getattr(_find(api, sent.mark), "ref", 0)
     if not ref:
-        _confirm(api, path, run, check, yes)
+        _confirm(api, path, run, file_hash, check, yes)
     description = f"{message} [{sent.mark}]"
     ref = ref or _upload(api, sent, description)
-    values = (datetime.now(UTC).isoformat(timespec="seconds"), run, path.name, sha256(path), description)
+    values = (datetime.now(UTC).isoformat(timespec="seconds"), run, path.name, file_hash, description)
     row = dict(zip(ledger.COLUMNS, (*values, ref, "pending", "", ""), strict=True))
     ledger.record(book, row)  # before the wait: a killed run must not lose it
     sent.done()
@@ -53,13 +53,13 @@ def submit(
     return row
 
 
-def _confirm(api: Any, path: Path, run: str, check: submission.Validation, yes: bool) -> None:
+def _confirm(api: Any, path: Path, run: str, file_hash: str, check: submission.Validation, yes: bool) -> None:
     left = _allowed(api)
     if left == 0:
         raise UserError(f"{path} is not uploaded: no submission is left today. The limit ends at midnight UTC.")
     print(*check.lines(), sep="\n")
     made = f"of run {run or '-'}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
-    print(f"{path}: {made}, {path.stat().st_size / 1e6:.1f} MB, sha256 {sha256(path)[:12]}")
+    print(f"{path}: {made}, {path.stat().st_size / 1e6:.1f} MB, sha256 {file_hash[:12]}")
     print(f"{path}: submissions left today: {'unknown' if left is None else left}")
     if yes:
         return

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,7 @@ def push(folder: str | Path, resume: bool = False) -> str:
     kernel["kernel_sources"] = [kernel["id"]] if resume else []
     write_json(path, kernel)
     _push_dataset(api, folder / "dataset")
-    try:  # not again after a lost answer: it would start a second session
-        with tamed():
-            answer = api.kernels_push(str(path.parent))
-    except Exception as error:
-        raise refusal(error, f"{path.parent} was not pushed") from None
+    answer = _once(str(path.parent), api.kernels_push, str(path.parent))
     kinds = "dataset", "competition", "kernel", "model"
     invalid = {kind: getattr(answer, f"invalid_{kind}_sources") for kind in kinds}
     refused = [f"{kind} {', '.join(names)} is unknown to it" for kind, names in invalid.items() if names]
@@ -134,17 +131,20 @@ def _push_dataset(api: Any, folder: Path) -> None:
     ref, (owner, slug) = described["id"], described["id"].split("/")
     exists = _status(api, ref) is not None
     paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
-    files = [made("datasets", "DatasetNewFile", token=_upload(api, path)) for path in paths]
+    uploads = [Upload(path) for path in paths]
+    files = [made("datasets", "DatasetNewFile", token=_sent(api, upload)) for upload in uploads]
     if exists:
         body = made("datasets", "CreateDatasetVersionRequestBody", version_notes="carvana kernel push", files=files)
-        answer = _once(api, "create_dataset_version", ref, owner_slug=owner, dataset_slug=slug, body=body)
+        fields = {"owner_slug": owner, "dataset_slug": slug, "body": body}
+        answer = _once(ref, call, api, "datasets", "create_dataset_version", **fields)
     else:
         fields = {"title": described["title"], "license_name": described["licenses"][0]["name"], "is_private": True}
-        answer = _once(api, "create_dataset", ref, owner_slug=owner, slug=slug, files=files, **fields)
+        fields |= {"owner_slug": owner, "slug": slug, "files": files}
+        answer = _once(ref, call, api, "datasets", "create_dataset", **fields)
     if answer.error:
         raise UserError(f"{folder}: Kaggle refused the dataset: {answer.error}. Mend dataset-metadata.json.")
-    for path in paths:
-        Upload(path).done()
+    for upload in uploads:
+        upload.done()
     _wait_until_ready(api, ref)
 
 
@@ -159,15 +159,19 @@ def _wait_until_ready(api: Any, ref: str) -> None:
     raise UserError(f"dataset {ref}: Kaggle says {status}. Look at it on the site, then push again.")
 
 
-def _once(api: Any, method: str, what: str, **fields: Any) -> Any:
-    """A call that must not be repeated after a lost answer: it would make a second version."""
+def _once(what: str, request: Callable, *values: Any, **fields: Any) -> Any:
+    """A request that must not be repeated after a lost answer: it would make a second version or start a session."""
     try:
-        return call(api, "datasets", method, **fields)
+        with tamed():
+            return request(*values, **fields)
     except Exception as error:
         raise refusal(error, f"{what} was not pushed") from None
 
 
-def _upload(api: Any, path: Path) -> str:
+def _sent(api: Any, upload: Upload) -> str:
+    """Token of a file of the dataset, once all of it has arrived."""
+    path = upload.path
+
     def start() -> tuple[str, str]:
         from kagglesdk.blobs.types.blob_api_service import ApiBlobType
 
@@ -176,7 +180,7 @@ def _upload(api: Any, path: Path) -> str:
         answer = ask(f"Upload of {path}", call, api, "blobs", "start_blob_upload", **fields)
         return answer.token, answer.create_url
 
-    return Upload(path).send(start)
+    return upload.send(start)
 
 
 def _status(api: Any, ref: str) -> str | None:

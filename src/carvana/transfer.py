@@ -54,9 +54,8 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
 
 
 def _bring(api: Any, data_dir: Path, sizes: dict[str, int]) -> list[Path]:
-    known, here = _manifest(data_dir), {}
-    for name, size in sizes.items():
-        here[name] = _present(data_dir, name, size, known)
+    known = _manifest(data_dir)
+    here = {name: _present(data_dir, name, size, known) for name, size in sizes.items()}
     missing = {name: sizes[name] for name, path in here.items() if not path}
     arrived = sum(_length(_part(data_dir, name)) for name in missing)
     need_space(data_dir, sum(missing.values()) - arrived)
@@ -152,9 +151,11 @@ def _receive(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
     """Ask once for what is missing; ValueError where the whole file is not there yet, broken pieces being dropped."""
     had = _length(part) if _tag(part).exists() else 0
     checkable = size or zipfile.is_zipfile(part)  # else half a table would look like a whole one
-    if not had or not checkable or _fault(part, size):
+    fault = _fault(part, size) if had and checkable else "has to come"
+    if fault:
         _append(api, part, name, had * bool(checkable), bar)
-    if fault := _fault(part, size):
+        fault = _fault(part, size)
+    if fault:
         if not had < _length(part) < size:  # else the line ended early, and what has come may be sound
             bar.update(-_length(part))
             part.unlink()
