@@ -15,7 +15,7 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/ruff check .
-	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb src/carvana/*.ipynb
+	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb src/carvana/kaggle/*.ipynb
 	@$(BIN)/python -m pytest $(ARGS)
 
 lab: $(INSTALLED)

@@ -20,9 +20,9 @@ from common import RESULTS
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fake_kaggle import CHUNK, guarded, zipped
 
-from carvana import kernels
 from carvana.files import write_text
-from carvana.kaggle_api import COMPETITION
+from carvana.kaggle import kernels
+from carvana.kaggle.client import COMPETITION
 
 LIMIT = 20  # seconds
 WHOLE = 6  # MB of the file
@@ -71,7 +71,8 @@ def started(command: list) -> tuple[str, str]:
 
 
 def ours(*arguments) -> list:
-    code = "import sys; from carvana import cli, entry, kaggle_api; kaggle_api.TIMEOUT = 2, 2; entry.POLL = 0; "
+    code = "import sys; from carvana import cli; from carvana.kaggle import client, submit; "
+    code += "client.TIMEOUT = 2, 2; submit.POLL = 0; "
     return ["-c", code + "sys.exit(cli.main(sys.argv[1:]))", *arguments]
 
 

@@ -18,10 +18,14 @@ import torch
 from common import write
 from torch.utils.flop_counter import FlopCounterMode
 
-from carvana import dataset, evaluation, folds, metrics, photos, training
-from carvana.losses import loss_named
+from carvana import metrics
+from carvana.data import competition as photos
+from carvana.data import dataset, folds
+from carvana.evaluation import evaluate as evaluation
 from carvana.pipeline import load_profile, parameters
-from carvana.recipe import Recipe
+from carvana.training import trainer as training
+from carvana.training.losses import loss_named
+from carvana.training.recipe import Recipe
 
 
 def recipe(profile: str, **changes) -> Recipe:

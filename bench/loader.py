@@ -18,7 +18,8 @@ from common import machine, tame_allocator, write
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from carvana import dataset, demo, photos
+from carvana.data import competition as photos
+from carvana.data import dataset, demo
 
 SIZES = [(320, 480), (640, 960)]
 BATCH_SIZE, ROUNDS = 8, 6

@@ -17,7 +17,7 @@ from common import machine
 from train import ours
 
 from carvana.pipeline import parameters
-from carvana.recipe import Recipe
+from carvana.training.recipe import Recipe
 
 NETWORKS = {
     "lite0, slim decoder": {"encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8"},

@@ -22,7 +22,10 @@ from PIL import Image
 from rle import usual_encode
 from torch.nn.functional import interpolate
 
-from carvana import demo, inference, photos, rle
+from carvana import rle
+from carvana.data import competition as photos
+from carvana.data import demo
+from carvana.inference import ensemble as inference
 from carvana.models import Network, Segmenter
 
 SIZES = [(320, 480), (640, 960)]

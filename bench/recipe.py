@@ -19,12 +19,15 @@ import torch
 from common import RESULTS, machine, tame_allocator
 from timm.optim import create_optimizer_v2
 
-from carvana import dataset, folds, metrics, photos, training
+from carvana import metrics
+from carvana.data import competition as photos
+from carvana.data import dataset, folds
 from carvana.files import overlapped, write_text
-from carvana.losses import loss_named
 from carvana.models import Segmenter
 from carvana.pipeline import parameters
-from carvana.recipe import Recipe, size_at
+from carvana.training import trainer as training
+from carvana.training.losses import loss_named
+from carvana.training.recipe import Recipe, size_at
 
 # What all arms share, whatever the profile has learnt from them since.
 SHARED = {

@@ -16,7 +16,7 @@ import synthetic
 from common import machine, write
 
 from carvana import rle
-from carvana.prediction import PART_SIZE
+from carvana.inference.predict import PART_SIZE
 
 CARS = 64  # different masks, which the rows repeat
 STAGES = {

@@ -15,10 +15,13 @@ import numpy as np
 import pandas as pd
 from common import RESULTS, machine, tame_allocator
 
-from carvana import dataset, evaluation, folds, photos, training
+from carvana.data import competition as photos
+from carvana.data import dataset, folds
+from carvana.evaluation import evaluate as evaluation
 from carvana.files import write_text
 from carvana.pipeline import load_profile, parameters
-from carvana.recipe import Recipe
+from carvana.training import trainer as training
+from carvana.training.recipe import Recipe
 
 
 def arms(h: int, w: int) -> dict[str, dict]:

@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from common import machine, write
 
-from carvana import training
-from carvana.losses import loss_named
 from carvana.models import Network, Segmenter
 from carvana.pipeline import parameters, tame_allocator
-from carvana.recipe import Recipe
+from carvana.training import trainer as training
+from carvana.training.losses import loss_named
+from carvana.training.recipe import Recipe
 
 ROUNDS, STEPS, WARM = 5, 3, 2
 

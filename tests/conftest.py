@@ -12,8 +12,9 @@ import torch
 from fake_kaggle import KEY, NAMES, USER, guarded, zipped
 from PIL import Image
 
-from carvana import models, photos, rle
-from carvana.recipe import Recipe
+from carvana import models, rle
+from carvana.data import competition as photos
+from carvana.training.recipe import Recipe
 
 HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
 

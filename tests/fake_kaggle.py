@@ -22,8 +22,9 @@ from typing import NamedTuple
 import pytest
 from confined.sitecustomize import block_network
 
-from carvana import submission, transfer
+from carvana import submission
 from carvana.files import UserError
+from carvana.kaggle import download as transfer
 
 USER, KEY = "tester", "0f00ba12SECRETKEYdeadbeef"
 CONFINED = Path(__file__).parent / "confined"

@@ -13,7 +13,9 @@ import torch
 from conftest import RECIPE
 from safetensors.torch import load_file
 
-from carvana import cli, files, folds, photos
+from carvana import cli, files
+from carvana.data import competition as photos
+from carvana.data import folds
 from carvana.files import UserError
 
 

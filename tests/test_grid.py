@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carvana import metrics, photos, rle
+from carvana import metrics, rle
+from carvana.data import competition as photos
 from carvana.grid import Grid
 
 

@@ -1,4 +1,5 @@
 import ast
+import shutil
 
 import papermill
 import pytest
@@ -86,6 +87,17 @@ def test_a_run_takes_every_notebook_in_order_and_03_once_a_fold(tmp_path):
     ]
     assert steps[3].values == {"n_folds": 3, "epochs": 2, "run_name": "x", "fold": 1}
     assert "epochs" not in steps[-1].values
+
+
+def test_a_changed_file_of_the_package_runs_every_step_again_wherever_it_lies(tmp_path, monkeypatch):
+    package = shutil.copytree(pipeline.PACKAGE, tmp_path / "carvana")
+    monkeypatch.setattr(pipeline, "PACKAGE", package)
+    step = next(pipeline.steps({}))
+    keys = [step.key()]
+    for name in ("rle.py", "data/folds.py", "plots/report.html.jinja"):
+        (package / name).write_text((package / name).read_text() + "\n")
+        keys.append(step.key())
+    assert len(set(keys)) == 4
 
 
 def test_a_run_that_only_blends_others_trains_nothing(tmp_path):

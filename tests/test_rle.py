@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from carvana import photos, rle
+from carvana import rle
+from carvana.data import competition as photos
 
 
 def test_pixels_are_numbered_from_one_row_by_row_and_runs_go_on_over_row_ends():

@@ -42,20 +42,20 @@ def _params(options: argparse.Namespace) -> None:
 
 
 def _demo_data(options: argparse.Namespace) -> None:
-    from carvana import demo
+    from carvana.data import demo
 
     demo.write_competition(options.folder, options.cars, options.test_cars, options.seed)
     print(f"{options.folder} holds the demo competition: {options.cars} cars to train on, {options.test_cars} to test.")
 
 
 def _download(options: argparse.Namespace) -> None:
-    from carvana import transfer
+    from carvana.kaggle import download as transfer
 
     transfer.download(options.data_dir, options.files, options.hq)
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from carvana import evaluation
+    from carvana.evaluation import evaluate as evaluation
     from carvana.files import resolve
 
     runs = [resolve(options.runs_dir) / run for run in options.runs]
@@ -81,7 +81,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from carvana import entry
+    from carvana.kaggle import submit as entry
 
     run = options.run_name or options.file.name.partition(".")[0]
     entry.submit(
@@ -91,7 +91,8 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _kernel_build(options: argparse.Namespace) -> None:
-    from carvana import kaggle_api, kernels
+    from carvana.kaggle import client as kaggle_api
+    from carvana.kaggle import kernels
 
     user = options.user or kaggle_api.username()
     kernels.build(options.profile, options.folder, user, options.weights, options.python, not options.no_wheels)
@@ -100,7 +101,7 @@ def _kernel_build(options: argparse.Namespace) -> None:
 
 
 def _kernel_push(options: argparse.Namespace) -> None:
-    from carvana import kernels
+    from carvana.kaggle import kernels
 
     kernel = kernels.push(options.folder, options.resume)
     name = kernel.rpartition("/")[0]
@@ -109,8 +110,9 @@ def _kernel_push(options: argparse.Namespace) -> None:
 
 
 def _ledger(options: argparse.Namespace) -> None:
-    from carvana import entry, ledger
     from carvana.files import resolve
+    from carvana.kaggle import ledger
+    from carvana.kaggle import submit as entry
 
     submissions_dir = resolve(options.submissions_dir)
     if not options.offline and ledger.rows(submissions_dir / "ledger.csv"):

@@ -32,6 +32,7 @@ from carvana.files import (
     write_json,
 )
 
+PACKAGE = Path(__file__).parent
 NAMES = ("01_download", "02_explore", "03_train", "04_evaluate", "05_predict", "06_submit")
 
 
@@ -120,9 +121,9 @@ class Step:
 
     def key(self) -> str:
         """Changes when the notebook, the package, a parameter or anything it reads changes."""
-        package = Path(__file__).parent
+        package = [stamp(path) for path in sorted(PACKAGE.rglob("*")) if path.suffix in (".py", ".jinja")]
         reads = [stamp(path) for path in self.reads]
-        return fingerprint(sha256(notebook(self.name)), stamp(package), self.values, reads)
+        return fingerprint(sha256(notebook(self.name)), package, self.values, reads)
 
 
 def steps(values: dict) -> Iterator[Step]:

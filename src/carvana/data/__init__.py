@@ -1,0 +1,1 @@
+"""Images, masks, folds and what is read from them."""

@@ -1,0 +1,1 @@
+"""What checkpoints are worth on images they have not seen."""

@@ -1,0 +1,1 @@
+"""Kaggle's service: download, upload, submit, notebooks there."""

@@ -1,0 +1,266 @@
+"""A run inside Kaggle's notebooks: a folder to push, the push itself, and what the notebook does when it wakes there.
+
+The kernel needs no internet: the package, wheels of what it may lack and encoder weights come as a dataset of its own.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from carvana.files import UserError, atomic, project_root, read_json, write_json, write_text
+from carvana.kaggle.client import COMPETITION, ask, call, client, made, refusal, status_of, tamed
+from carvana.kaggle.download import Upload
+
+NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
+PLATFORMS = "manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"
+POLL, LOOKS = 5, 120  # seconds between two looks at a dataset that is not ready, and how many
+DEPTH = 5  # folders below the input folder in which Kaggle may mount something
+
+
+def build(
+    profile: str | Path, folder: str | Path, user: str, weights: str | Path = "", python: str = "3.12",
+    wheels: bool = True,
+) -> Path:  # fmt: skip
+    """Write `folder`/dataset and `folder`/kernel, ready for `push` or for `kaggle kernels push`; returns `folder`.
+
+    user: owner on Kaggle. weights: file of encoder weights, for a profile that would fetch them. python: version that
+    Kaggle runs, for the wheels. UserError where the profile could not run there.
+    """
+    folder, values = Path(folder), _filled(profile)
+    if values["encoder_weights"] == "imagenet" and not weights:
+        raise UserError(f"{profile} fetches encoder weights, but the kernel has no internet. Give a file: --weights.")
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
+    shutil.rmtree(folder / "dataset", ignore_errors=True)
+    _write_suite(folder / "dataset" / "suite.zip", Path(profile))
+    if weights:
+        shutil.copyfile(weights, folder / "dataset" / f"encoder{Path(weights).suffix}")
+    if wheels:
+        _fetch_wheels(folder / "dataset", python)
+    slug = "carvana-" + re.sub(r"[^a-z0-9]+", "-", values["run_name"].lower())  # as Kaggle makes it of the title
+    title = slug.replace("-", " ")
+    described = {"id": f"{user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
+    write_json(folder / "dataset" / "dataset-metadata.json", described)
+    write_text(folder / "kernel" / "carvana.ipynb", (resources.files("carvana.kaggle") / "kernel.ipynb").read_text())
+    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(user, slug, title))
+    return folder
+
+
+def _filled(profile: str | Path) -> dict:
+    """A profile with the defaults of what it does not say."""
+    from carvana.pipeline import load_profile, parameters  # only now: on Kaggle it needs what `install` has brought
+
+    return {name: parameter.default for name, parameter in parameters().items()} | load_profile(profile)
+
+
+def _kernel(user: str, slug: str, title: str) -> dict:
+    """Every field, since the client's own defaults differ from what its manual says."""
+    return {
+        "id": f"{user}/{slug}", "title": title, "code_file": "carvana.ipynb", "language": "python",
+        "kernel_type": "notebook", "is_private": True, "enable_gpu": True, "enable_tpu": False,
+        "enable_internet": False, "machine_shape": "NvidiaTeslaT4", "keywords": [],
+        "dataset_sources": [f"{user}/{slug}-suite"], "competition_sources": [COMPETITION],
+        "kernel_sources": [], "model_sources": [],
+    }  # fmt: skip
+
+
+def _write_suite(path: Path, profile: Path) -> None:
+    """The package, the notebooks, the requirements and the profile, equal bytes for equal files."""
+    root, package = project_root(), Path(__file__).parents[1]
+    files = [file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    members = {f"src/carvana/{file.relative_to(package).as_posix()}": file for file in files}
+    members |= {f"notebooks/{file.name}": file for file in (root / "notebooks").glob("*.ipynb")}
+    members |= {"requirements.txt": root / "requirements.txt", "profile.yaml": profile}
+    with atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, source in sorted(members.items()):
+            archive.writestr(zipfile.ZipInfo(name), source.read_bytes(), zipfile.ZIP_DEFLATED)
+
+
+def _fetch_wheels(folder: Path, python: str) -> None:
+    wanted = [str(requirement) for requirement in requirements(project_root() / "requirements.txt")]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command += ["--python-version", python, "--dest", str(folder)]
+    for platform in PLATFORMS:
+        command += ["--platform", platform]
+    ended = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise UserError(f"wheels for Python {python} could not be fetched: {ended.stderr.splitlines()[-1]}")
+
+
+def requirements(path: Path) -> list[Requirement]:
+    """What the package needs to run on Kaggle."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line]
+    return [requirement for requirement in wanted if requirement.name not in NOT_NEEDED]
+
+
+def push(folder: str | Path, resume: bool = False) -> str:
+    """Bring dataset and kernel of `build` to Kaggle and start the kernel; returns its id with the version.
+
+    resume: attach the output of the kernel's last version, so that the run goes on. UserError where Kaggle refuses
+    anything, also where its client would not say so.
+    """
+    folder, api = Path(folder), client()
+    path = folder / "kernel" / "kernel-metadata.json"
+    kernel = read_json(path)
+    kernel["kernel_sources"] = [kernel["id"]] if resume else []
+    write_json(path, kernel)
+    _push_dataset(api, folder / "dataset")
+    answer = _once(str(path.parent), api.kernels_push, str(path.parent))
+    kinds = "dataset", "competition", "kernel", "model"
+    invalid = {kind: getattr(answer, f"invalid_{kind}_sources") for kind in kinds}
+    refused = [f"{kind} {', '.join(names)} is unknown to it" for kind, names in invalid.items() if names]
+    refused += [answer.error] if answer.error else []
+    if refused:
+        raise UserError(f"{path}: Kaggle refused it: {'; '.join(refused)}. Mend the file and push again.")
+    return f"{kernel['id']}/{answer.version_number}"
+
+
+def _push_dataset(api: Any, folder: Path) -> None:
+    """A new dataset, or a new version of it, with every file of the folder; waits until Kaggle has unpacked it."""
+    described = read_json(folder / "dataset-metadata.json")
+    ref, (owner, slug) = described["id"], described["id"].split("/")
+    exists = _status(api, ref) is not None
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
+    uploads = [Upload(path) for path in paths]
+    files = [made("datasets", "DatasetNewFile", token=_sent(api, upload)) for upload in uploads]
+    if exists:
+        body = made("datasets", "CreateDatasetVersionRequestBody", version_notes="carvana kernel push", files=files)
+        fields = {"owner_slug": owner, "dataset_slug": slug, "body": body}
+        answer = _once(ref, call, api, "datasets", "create_dataset_version", **fields)
+    else:
+        fields = {"title": described["title"], "license_name": described["licenses"][0]["name"], "is_private": True}
+        fields |= {"owner_slug": owner, "slug": slug, "files": files}
+        answer = _once(ref, call, api, "datasets", "create_dataset", **fields)
+    if answer.error:
+        raise UserError(f"{folder}: Kaggle refused the dataset: {answer.error}. Mend dataset-metadata.json.")
+    for upload in uploads:
+        upload.done()
+    _wait_until_ready(api, ref)
+
+
+def _wait_until_ready(api: Any, ref: str) -> None:
+    for _ in range(LOOKS):
+        status = _status(api, ref)
+        if status == "READY":
+            return
+        if status in ("FAILED", "DELETED"):
+            break
+        time.sleep(POLL)
+    raise UserError(f"dataset {ref}: Kaggle says {status}. Look at it on the site, then push again.")
+
+
+def _once(what: str, request: Callable, *values: Any, **fields: Any) -> Any:
+    """A request that must not be repeated after a lost answer: it would make a second version or start a session."""
+    try:
+        with tamed():
+            return request(*values, **fields)
+    except Exception as error:
+        raise refusal(error, f"{what} was not pushed") from None
+
+
+def _sent(api: Any, upload: Upload) -> str:
+    """Token of a file of the dataset, once all of it has arrived."""
+    path = upload.path
+
+    def start() -> tuple[str, str]:
+        from kagglesdk.blobs.types.blob_api_service import ApiBlobType
+
+        size = path.stat().st_size
+        fields = {"type": ApiBlobType.DATASET, "name": path.name, "content_length": size}
+        answer = ask(f"Upload of {path}", call, api, "blobs", "start_blob_upload", **fields)
+        return answer.token, answer.create_url
+
+    return upload.send(start)
+
+
+def _status(api: Any, ref: str) -> str | None:
+    """READY and the like; None for a dataset that does not exist."""
+    owner, slug = ref.split("/")
+
+    def look() -> str | None:
+        try:
+            return call(api, "datasets", "get_dataset_status", owner_slug=owner, dataset_slug=slug).status.name
+        except Exception as error:
+            if status_of(error) in (403, 404):  # what is not there is nobody's to see
+                return None
+            raise
+
+    return ask(f"dataset {ref}", look)
+
+
+def install(suite: Path, dataset: Path) -> list[str]:
+    """On Kaggle: install the wheels for what is missing there, or of an unfit version; returns what was installed.
+
+    suite: the unpacked suite.zip. dataset: folder of the wheels. Needs nothing but pip and packaging.
+    """
+    lacking = [str(wanted) for wanted in requirements(suite / "requirements.txt") if not _is_there(wanted)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", dataset]
+    if lacking:
+        ended = subprocess.run([*command, *lacking], capture_output=True, text=True, check=False)
+        if ended.returncode:
+            reason = ended.stderr.strip().splitlines()[-1]
+            raise UserError(f"{', '.join(lacking)} cannot be installed: {reason}. Build with the --python of Kaggle.")
+    return lacking
+
+
+def _is_there(wanted: Requirement) -> bool:
+    try:
+        return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus: int) -> dict[str, str]:
+    """On Kaggle: find data and weights, bring back an earlier output; returns the parameters that differ there.
+
+    UserError that names everything that is missing, within seconds instead of hours.
+    """
+    shutil.copytree(suite / "notebooks", working_dir / "notebooks", dirs_exist_ok=True)
+    values, missing = _filled(suite / "profile.yaml"), []
+    data = _below(input_dir, "train.zip") or _below(input_dir, "train")
+    if not data:
+        missing.append(f"the competition's data below {input_dir} (Add Input, Competition)")
+    weights = next(dataset.glob("encoder.*"), None)
+    if values["encoder_weights"] and not weights:
+        missing.append("encoder weights (build again with --weights FILE)")
+    if (found := _gpus()) < gpus:
+        missing.append(f"{gpus - found} of {gpus} GPUs (Settings, Accelerator, GPU T4 x2)")
+    if missing:
+        raise UserError(f"This session lacks {'; '.join(missing)}.")
+    _bring_back(input_dir, working_dir / "runs", values["run_name"])
+    chosen = {"data_dir": data, "runs_dir": working_dir / "runs", "submissions_dir": working_dir}
+    return {name: str(path) for name, path in (chosen | ({"encoder_weights": weights} if weights else {})).items()}
+
+
+def _bring_back(input_dir: Path, runs: Path, run_name: str) -> None:
+    """An earlier session's run, to go on with; the cache lies where Kaggle does not save it."""
+    runs.mkdir(parents=True, exist_ok=True)
+    earlier = _below(input_dir, f"runs/{run_name}")
+    if earlier and not (runs / run_name).exists():
+        shutil.copytree(earlier / "runs" / run_name, runs / run_name)
+    if not (runs / "cache").exists():
+        (runs / "cache").symlink_to(tempfile.mkdtemp(prefix="carvana"), target_is_directory=True)
+
+
+def _below(folder: Path, name: str) -> Path | None:
+    """The folder that holds `name`, at most DEPTH below `folder`."""
+    found = (path for depth in range(DEPTH) for path in sorted(folder.glob("*/" * depth + name)))
+    match = next(found, None)
+    return match and match.parents[name.count("/")]
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

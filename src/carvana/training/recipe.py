@@ -1,0 +1,129 @@
+"""The recipe of a training: what decides its weights, and what its names mean."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields
+
+import torch
+from timm.optim import list_optimizers
+
+from carvana.files import UserError, nearest
+from carvana.grid import STRIDE
+from carvana.models import Network, check_names, check_weights
+from carvana.training.losses import loss_named
+
+SCHEDULES = ("cosine", "onecycle", "plateau", "constant")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights of a fold, beside the data; meanings and defaults stand in 03_train."""
+
+    arch: str
+    encoder: str
+    encoder_weights: str
+    decoder_channels: str
+    height: int
+    width: int
+    epochs: int
+    start_size: float
+    batch_size: int
+    accumulate: int
+    lr: float
+    optimizer: str
+    weight_decay: float
+    schedule: str
+    warmup: float
+    clip_norm: float
+    loss: str
+    ema: float
+    amp: str
+    hflip: float
+    crop_height: int
+    crop_width: int
+    brightness: float
+    contrast: float
+    scale: float
+    shift: float
+    rotate: float
+    validate_every: int
+    seed: int
+
+    @classmethod
+    def of(cls, parameters: dict) -> "Recipe":
+        """Pick the recipe out of a notebook's parameters: `Recipe.of(globals())`. Names are checked before work."""
+        recipe = cls(**{field.name: _typed(field, parameters[field.name]) for field in fields(cls)})
+        check_names(recipe.network)
+        check_weights(recipe.network, recipe.encoder_weights)
+        loss_named(recipe.loss)
+        precision(recipe.amp)
+        recipe._check_crop()
+        if not 0.25 <= recipe.start_size <= 1:
+            raise UserError(f"start_size is {recipe.start_size}, but must be a share of the size, from 0.25 to 1.")
+        if recipe.schedule not in SCHEDULES:
+            hint = nearest(recipe.schedule, SCHEDULES)
+            raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
+        if recipe.optimizer not in list_optimizers():
+            hint = nearest(recipe.optimizer, list_optimizers())
+            raise UserError(f'optimizer "{recipe.optimizer}" is unknown{hint} Any name of timm will do.')
+        for name in ("epochs", "batch_size", "accumulate", "validate_every"):
+            if getattr(recipe, name) < 1:
+                raise UserError(f"{name} is {getattr(recipe, name)}, but must be at least 1.")
+        return recipe
+
+    def _check_crop(self) -> None:
+        crop = self.crop_height, self.crop_width
+        fits = self.crop_height <= self.height and self.crop_width <= self.width
+        if crop != (0, 0) and not (all(crop) and fits and not any(side % STRIDE for side in crop)):
+            size = f"at most {self.height} x {self.width}"
+            raise UserError(f"crop_height and crop_width are {crop}: both 0, or multiples of {STRIDE}, {size}.")
+
+    @property
+    def network(self) -> Network:
+        """The part that prediction needs to know."""
+        return Network(self.arch, self.encoder, self.decoder_channels, self.height, self.width)
+
+
+def _typed(field: Field, value: object) -> object:
+    """A YAML file's 2e-3 is text to papermill, and its 1 a whole number where a float is meant."""
+    try:
+        return field.type(value)
+    except ValueError as error:
+        raise UserError(f"{field.name} is {value!r}, but must be {field.type.__name__}.") from error
+
+
+def precision(amp: str) -> str:
+    """The mixed precision that `amp` means on this machine: "no", "fp16" or "bf16"."""
+    if amp not in ("no", "fp16", "bf16", "auto"):
+        raise UserError(f'amp is "{amp}". Choose from: no, fp16, bf16, auto.')
+    if amp == "fp16" and not torch.cuda.is_available():
+        raise UserError("amp is fp16, which needs a GPU. Choose auto.")
+    if amp != "auto":
+        return amp
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+
+
+def learning_rate(schedule: str, done: float, warmup: float) -> float:
+    """Share of the full learning rate after the share `done` of a training, both in [0, 1].
+
+    "onecycle" rises over its first 30 % (or `warmup`, if longer); the others rise linearly over the share `warmup`.
+    "plateau" is "constant" here: `Fold.lr` halves it when the Dice stalls.
+    """
+    rise = max(warmup, 0.3) if schedule == "onecycle" else warmup
+    if done < rise:
+        share = done / rise
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * share)) / 2 if schedule == "onecycle" else max(share, 1e-3)
+    if schedule in ("cosine", "onecycle"):
+        return (1 + math.cos(math.pi * (done - rise) / (1 - rise))) / 2
+    return 1.0
+
+
+def size_at(full: Sequence[int], start: float, done: float) -> tuple[int, ...]:
+    """Height and width of pictures after the share `done` of a training, multiples of 32: progressive resizing.
+
+    They grow from the share `start` of the full size, and reach it after 70 % of the training, where edges are learnt.
+    """
+    share = min(1.0, start + (1 - start) * done / 0.7)
+    return tuple(min(side, max(STRIDE, round(side * share / STRIDE) * STRIDE)) for side in full)

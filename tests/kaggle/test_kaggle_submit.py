@@ -1,0 +1,214 @@
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fake_kaggle import CHUNK, refused
+
+from carvana import cli, files
+from carvana.kaggle import client as kaggle_api
+from carvana.kaggle import download as transfer
+from carvana.kaggle import ledger as books
+from carvana.kaggle import submit as entry
+
+
+@pytest.fixture
+def sub(tmp_path):
+    """Arguments of a good submission of two pictures of 4 x 5 pixels."""
+    ours, sample = tmp_path / "ours.csv", tmp_path / "sample.csv"
+    ours.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 10\n")
+    sample.write_text("img,rle_mask\na.jpg,1 1\nb.jpg,1 1\n")
+    where = {"path": ours, "sample": sample, "submissions_dir": tmp_path / "submissions"}
+    return {**where, "message": "demo", "run": "r1", "yes": True, "height": 4, "width": 5}
+
+
+def ledger(sub):
+    with (sub["submissions_dir"] / "ledger.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_submit_waits_for_the_score_and_keeps_a_ledger(fake, sub, capfd):
+    fake.pending = 2
+    row = entry.submit(**sub)
+    assert (row["ref"], row["status"]) == (1000, "complete")
+    assert (row["public_score"], row["private_score"]) == ("0.997012", "0.996543")
+    assert fake.uploaded == [sub["path"].read_bytes()]
+    assert ledger(sub) == [{**row, "ref": "1000"}]
+    assert tuple(row) == books.COLUMNS
+    assert (row["run"], row["file"], row["sha256"]) == ("r1", "ours.csv", files.sha256(sub["path"]))
+    assert row["message"] == fake.submissions[0]["description"]
+    assert row["message"].startswith("demo [")
+    shown = capfd.readouterr().out
+    assert "2 rows, 32.50% of the picture masked" in shown
+    assert "submissions left today: 4" in shown
+    entry.submit(**sub)
+    assert [entry["ref"] for entry in ledger(sub)] == ["1000", "1001"]
+
+
+def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, sub, capfd, tmp_path):
+    fake.pending = 99
+    entry.submit(**sub, wait_minutes=0)
+    fake.pending = 0
+    run = tmp_path / "runs" / "r1"
+    run.mkdir(parents=True)
+    (run / "scores.csv").write_text("img,fold,dice\na,0,0.99\nb,1,0.98\nc,-1,0.5\n")
+    places = ["--submissions-dir", str(sub["submissions_dir"]), "--runs-dir", str(tmp_path / "runs")]
+    assert cli.main(["ledger", *places, "--offline"]) == 0
+    assert "pending" in capfd.readouterr().out
+    assert cli.main(["ledger", *places]) == 0
+    shown = capfd.readouterr().out
+    assert all(text in shown for text in ("r1", "0.985000", "0.997012", "0.996543", "complete"))
+    assert ledger(sub)[0]["status"] == "complete"
+    assert cli.main(["ledger", "--submissions-dir", str(tmp_path / "none")]) == 0
+    assert "No submission yet." in capfd.readouterr().out
+
+
+def test_submit_does_not_wait_longer_than_asked(fake, sub):
+    fake.pending = 99
+    row = entry.submit(**sub, wait_minutes=0)
+    assert (row["status"], row["public_score"]) == ("pending", "")
+    assert ledger(sub)[0]["status"] == "pending"
+
+
+def test_rejected_by_the_scorer(fake, sub):
+    fake.verdict = {"status": "ERROR", "errorDescription": "Submission must have 100064 rows"}
+    refused("rejected submission 1000: Submission must have 100064 rows", entry.submit, **sub)
+    assert ledger(sub)[0]["status"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"CreateSubmission": ["refused"]}, "did not take it .You have no submissions left"),
+        ({"upload": ["403"]}, "ours.csv: Kaggle's storage refused it .403"),
+        ({"CreateSubmission": ["400"]}, "ours.csv: no 400"),
+        ({"StartSubmissionUpload": ["403"]}, "Accept the rules"),
+        ({"CreateSubmission": ["drop"]}, "did not take it .*submissions"),
+    ],
+)
+def test_a_refused_upload_is_noticed_and_not_repeated(fake, sub, faults, message):
+    fake.faults = faults
+    refused(message, entry.submit, **sub)
+    assert fake.calls("CreateSubmission") <= 1
+    assert fake.submissions == []
+    assert not (sub["submissions_dir"] / "ledger.csv").exists()
+
+
+def test_when_nothing_can_be_known_the_user_is_told_where_to_look_and_the_next_try_finds_it(fake, sub):
+    fake.faults = {"CreateSubmission": ["lost"], "ListSubmissions": ["drop"] * 9}
+    refused(r"Whether \[\w{8}\] has arrived at .*/submissions is unknown: the line", entry.submit, **sub)
+    assert not (sub["submissions_dir"] / "ledger.csv").exists()
+    fake.faults.clear()
+    fake.limits = {"numToday": 5}  # a second one would not even be taken
+    assert entry.submit(**sub)["ref"] == 1000
+    assert len(fake.submissions) == len(ledger(sub)) == len(fake.uploaded) == 1
+
+
+@pytest.fixture
+def big(tmp_path):
+    path = tmp_path / "big.csv.gz"
+    path.write_bytes(os.urandom(5 * CHUNK))
+    return path
+
+
+def send(path):
+    api = kaggle_api.client()
+    return transfer.Upload(path).send(lambda: entry._start(api, path))
+
+
+def test_a_cut_upload_goes_on_where_the_storage_has_it(fake, big):
+    fake.faults["upload"] = [f"cut:{CHUNK}", "503", "", "cut:99", "429"]
+    assert send(big) == "blob-1"
+    assert fake.uploaded == [big.read_bytes()]
+    asked = [request.headers.get("Content-Range") for request in fake.requests if request.name == "upload"]
+    probe, size = f"bytes */{5 * CHUNK}", 5 * CHUNK
+    after = f"bytes {CHUNK}-{size - 1}/{size}", f"bytes {CHUNK + 99}-{size - 1}/{size}"
+    assert asked == [None, probe, probe, after[0], probe, probe, after[1]]
+    assert fake.received == size
+    assert fake.naps == [2, 3, 2, 3]  # Retry-After is heard
+
+
+def test_where_a_cut_upload_cannot_go_on_it_is_sent_once_more_and_only_once(fake, big, capfd):
+    fake.resumable = False
+    fake.faults["upload"] = [f"cut:{CHUNK}"]
+    send(big)
+    assert fake.uploaded == [big.read_bytes()]
+    assert "cannot go on where it was cut: once more, in full" in capfd.readouterr().out
+    assert fake.calls("StartSubmissionUpload") == 2
+    transfer.Upload(big).done()
+    fake.faults["upload"] = [f"cut:{CHUNK}", "", f"cut:{CHUNK}"]
+    refused("breaks again and again", send, big)
+
+
+def test_an_upload_that_stalls_is_noticed_and_goes_on(fake, big, monkeypatch):
+    monkeypatch.setattr(kaggle_api, "TIMEOUT", (1, 1))
+    fake.faults["upload"] = ["stall"]
+    send(big)
+    assert fake.uploaded == [big.read_bytes()]
+
+
+def test_what_an_upload_remembers_is_for_the_owner_alone_and_only_for_that_file(fake, big):
+    fake.faults["upload"] = ["503"] * 9
+    refused("Upload of .*big.csv.gz: Kaggle is in trouble", send, big)
+    note = big.with_name(".big.csv.gz.upload")
+    assert note.stat().st_mode & 0o777 == 0o600
+    assert transfer.Upload(big).resumed
+    big.write_bytes(b"another")
+    assert not transfer.Upload(big).resumed
+
+
+@pytest.mark.parametrize("size", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_an_upload_cut_five_times_and_killed_costs_no_more_than_a_tenth(fake, big, size):
+    big.write_bytes(os.urandom(size * CHUNK))
+    cuts = (np.diff(np.sort(np.random.default_rng(size).integers(CHUNK, size * CHUNK, 6))) + 1).tolist()
+    fake.faults["upload"] = [fault for cut in cuts[:2] for fault in (f"cut:{cut}", "")]
+    code = "import sys; from carvana.kaggle import client, download, submit; from pathlib import Path; "
+    code += "api, path = client.client(), Path(sys.argv[1]); "
+    code += "download.Upload(path).send(lambda: submit._start(api, path))"
+    process = subprocess.Popen([sys.executable, "-c", code, big], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(fake.stored) <= sum(cuts[:2]) + CHUNK:
+        os.sched_yield()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    fake.faults["upload"] = ["", *(fault for cut in cuts[2:] for fault in (f"cut:{cut}", ""))]
+    send(big)
+    assert fake.uploaded == [big.read_bytes()]
+    print(f"{size} MB: {fake.received / (size * CHUNK):.4f} of the size received")
+    assert fake.received <= 1.1 * size * CHUNK
+
+
+def test_a_lost_answer_is_looked_up_not_sent_twice(fake, sub):
+    fake.faults = {"CreateSubmission": ["lost"], "ListSubmissions": ["503"]}
+    row = entry.submit(**sub)
+    assert (row["ref"], row["status"]) == (1000, "complete")
+    assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
+
+
+def test_trouble_while_waiting_does_not_lose_the_submission(fake, sub):
+    fake.faults["ListSubmissions"] = ["403", "503"]
+    assert entry.submit(**sub)["status"] == "complete"
+
+
+def test_an_invalid_file_is_refused_before_any_request(fake, sub):
+    sub["path"].write_text("img,rle_mask\na.jpg,1 2 3\n")
+    refused(r"is not uploaded. run lengths must be pairs.*line 2 \(a.jpg\)", entry.submit, **sub)
+    assert fake.requests == []
+
+
+def test_nothing_is_uploaded_when_the_day_is_over_or_nobody_confirms(fake, sub, monkeypatch):
+    sub["yes"] = False
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    refused("nobody is there to confirm", entry.submit, **sub)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    refused("not confirmed", entry.submit, **sub)
+    fake.limits = {"numToday": 5, "numTotal": 9}
+    refused("no submission is left today", entry.submit, **sub)
+    assert fake.calls("StartSubmissionUpload") == 0
+    fake.limits = {}  # a team without a submission so far
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert entry.submit(**sub)["status"] == "complete"

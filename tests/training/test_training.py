@@ -1,0 +1,261 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import RECIPE, recipe
+from safetensors.torch import load_file
+
+from carvana.data import competition as photos
+from carvana.data import dataset, folds
+from carvana.files import UserError, read_json, write_run
+from carvana.training import trainer as training
+from carvana.training.recipe import Recipe, learning_rate, size_at
+from carvana.training.state import _stalls
+
+
+def fold_of(data, run_dir, number=0, **changes):
+    chosen, pictures = recipe(**changes), photos.index(data)
+    source = dataset.Decoded(photos.photographs(data, "train"), pictures, chosen.height, chosen.width)
+    return training.Fold(chosen, pictures, source, folds.folds_of_run(run_dir, pictures, 2, 0, 1), number, run_dir)
+
+
+LEARNS = {"epochs": 16, "batch_size": 2, "validate_every": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(shared_competition, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    state = fold_of(shared_competition, run_dir, **LEARNS)
+    return state, training.train(state), run_dir
+
+
+def test_training_learns_the_ellipses(trained):
+    _, history, _ = trained
+    assert history["dice"].iloc[-1] > 0.9
+    assert history["dice"].iloc[-1] > history["dice"].iloc[0] + 0.2
+
+
+def test_history_opens_with_the_untrained_network_and_counts_pictures_and_seconds(trained):
+    _, history, run_dir = trained
+    assert history["epoch"].tolist() == [0, 4, 8, 12, 16]
+    assert history["pictures"].tolist() == [0, 32, 64, 96, 128]
+    assert math.isnan(history["loss"].iloc[0])
+    assert history["seconds"].is_monotonic_increasing
+    assert pd.read_csv(run_dir / "fold0" / "history.csv").shape == history.shape
+
+
+def test_best_weights_are_those_of_the_highest_dice(trained):
+    state, history, run_dir = trained
+    state.ema.module.load_state_dict(load_file(run_dir / "fold0" / "best.safetensors"))
+    assert state.validate(state.valid_rows)[0] == pytest.approx(history["dice"].max(), abs=1e-9)
+
+
+def test_no_car_is_trained_on_and_scored(trained):
+    state, _, _ = trained
+    cars = state.pictures["car"]
+    assert not set(cars.iloc[state.train_rows]) & set(cars.iloc[state.valid_rows])
+
+
+def test_a_finished_fold_is_not_trained_again(trained, shared_competition):
+    _, history, run_dir = trained
+    again = fold_of(shared_competition, run_dir, **LEARNS)
+    assert again.finished
+    pd.testing.assert_frame_equal(training.train(again), history)
+
+
+def test_held_out_cars_are_in_no_part(shared_competition, tmp_path):
+    pictures = photos.index(shared_competition)
+    table = folds.make_folds(pictures, 2, 1, 1)
+    source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, 96, 128)
+    state = training.Fold(recipe(), pictures, source, table, 0, tmp_path)
+    used = set(pictures["car"].iloc[[*state.train_rows, *state.valid_rows]])
+    assert used == set(table[table["fold"] >= 0]["car"])
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
+    from test_training import fold_of
+    from pathlib import Path
+    from carvana.training import trainer as training
+    if __name__ == "__main__":
+        training.SAVE_MINUTES = 0  # a state after every step
+        state = fold_of(Path({data!r}), Path({run!r}), epochs=4, optimizer="nmuon", amp={amp!r})
+        save = state.save
+        def counted():
+            save()
+            if state.step == {step}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        state.save = counted
+        training.train(state, workers={workers})
+"""
+
+
+def test_training_killed_at_three_points_ends_in_the_same_weights(shared_competition, tmp_path, workers=2):
+    whole = fold_of(shared_competition, tmp_path / "whole", epochs=4, optimizer="nmuon")
+    expected = training.train(whole, workers=workers)
+    for step in (1, 3, 7):
+        facts = {"tests": str(Path(__file__).parents[1]), "data": str(shared_competition), "run": str(tmp_path / "cut")}
+        code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, amp="no")
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    history = training.train(
+        fold_of(shared_competition, tmp_path / "cut", epochs=4, optimizer="nmuon"), workers=workers
+    )
+    measured = ["seconds", "speed"]
+    pd.testing.assert_frame_equal(history.drop(columns=measured), expected.drop(columns=measured))
+    for name in ("best", "last"):
+        made, wanted = (load_file(tmp_path / run / "fold0" / f"{name}.safetensors") for run in ("cut", "whole"))
+        assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+
+
+def test_max_hours_ends_after_a_whole_step_and_the_next_call_goes_on(shared_competition, tmp_path):
+    state = fold_of(shared_competition, tmp_path)
+    training.train(state, max_hours=1e-9)
+    assert state.step == 1
+    again = fold_of(shared_competition, tmp_path)
+    assert again.step == 1
+    training.train(again)
+    assert again.finished
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_named(trained, shared_competition):
+    _, _, run_dir = trained
+    with pytest.raises(UserError, match=r"state.pt was trained with another lr \(0.003\)"):
+        fold_of(shared_competition, run_dir, **LEARNS, lr=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(shared_competition, tmp_path):
+    state = fold_of(shared_competition, tmp_path)
+    next(state.model.parameters()).data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"loss of step 1 is nan, in the batch 0000.*_0\d.jpg"):
+        training.train(state)
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "sgd", "schedule": "onecycle", "loss": "dice"},
+    {"optimizer": "lamb", "schedule": "plateau", "loss": "lovasz", "ema": 0.0},
+    {"optimizer": "adam", "schedule": "constant", "loss": "focal", "accumulate": 2, "clip_norm": 0.0},
+    {"amp": "bf16", "loss": "tversky", "crop_height": 64, "crop_width": 96},
+    {"start_size": 0.5, "loss": "boundary", "ema": 0.0},
+    {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32, "epochs": 1},
+])  # fmt: skip
+def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
+    history = training.train(fold_of(shared_competition, tmp_path, **{"epochs": 1} | changes))
+    assert np.isfinite(history["loss"].iloc[-1])
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("loss", "dise", 'loss "dise" is unknown, did you mean "dice"'),
+    ("schedule", "cosin", 'schedule "cosin" is unknown, did you mean "cosine"'),
+    ("optimizer", "adamm", 'optimizer "adamm" is unknown, did you mean "adam'),
+    ("amp", "fp8", 'amp is "fp8". Choose from: no, fp16, bf16, auto'),
+    ("epochs", 0, "epochs is 0, but must be at least 1"),
+    ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
+    ("height", 100, "height is 100, but must be a multiple of 32"),
+    ("encoder_weights", "none.pth", "none.pth does not exist"),
+    ("start_size", 1.5, "start_size is 1.5, but must be a share of the size, from 0.25 to 1"),
+    ("crop_height", 64, r"crop_height and crop_width are \(64, 0\)"),
+    ("lr", "fast", "lr is 'fast', but must be float"),
+])  # fmt: skip
+def test_a_wrong_recipe_is_refused_before_work(name, value, message):
+    with pytest.raises(UserError, match=message):
+        Recipe.of(RECIPE | {name: value})
+
+
+def test_learning_rates_rise_and_fall_as_their_schedules_say():
+    assert learning_rate("cosine", 0.05, 0.1) == pytest.approx(0.5)
+    assert learning_rate("cosine", 0.1, 0.1) == pytest.approx(1)
+    assert learning_rate("cosine", 0.55, 0.1) == pytest.approx(0.5)
+    assert learning_rate("cosine", 1.0, 0.1) == pytest.approx(0)
+    assert learning_rate("onecycle", 0.0, 0.0) == pytest.approx(0.04)
+    assert learning_rate("onecycle", 0.3, 0.0) == pytest.approx(1)
+    assert learning_rate("constant", 0.9, 0.1) == learning_rate("plateau", 0.9, 0.1) == 1
+
+
+def test_sizes_grow_from_their_start_and_are_whole_for_the_last_third():
+    assert size_at((640, 960), 0.5, 0.0) == (320, 480)
+    assert size_at((640, 960), 0.5, 0.35) == (480, 704)
+    assert size_at((640, 960), 0.5, 0.7) == size_at((640, 960), 1.0, 0.0) == (640, 960)
+    assert size_at((32, 64), 0.5, 0.0) == (32, 32)
+
+
+def test_a_plateau_of_two_validations_halves_the_rate():
+    assert _stalls([0.1, 0.2, 0.3]) == 0
+    assert _stalls([0.3, 0.2, 0.1]) == 1
+    assert _stalls([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
+
+
+SHARED = """
+    import sys
+    import torch
+    from carvana import models
+    from carvana.training import trainer as training
+    def without_batch_statistics(network):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 1))
+    models._build = without_batch_statistics
+    sys.exit(training.main(sys.argv[1:]))
+"""
+
+
+def begun(data, run_dir, **changes) -> Path:
+    """A run as 03_train leaves it before its first step."""
+    chosen = recipe(optimizer="sgd", loss="bce", ema=0.0, epochs=2, clip_norm=0.0, weight_decay=0.0, **changes)
+    folds.folds_of_run(run_dir, photos.index(data), 2, 0, 1)
+    write_run(run_dir, vars(chosen) | {"data_dir": str(data), "hq": False, "exclude": ""}, "key")
+    return run_dir
+
+
+def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(textwrap.dedent(SHARED))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    for run, batch_size, options in (("one", 4, []), ("two", 2, ["-m", *launch])):
+        run_dir = begun(shared_competition, tmp_path / run, batch_size=batch_size)
+        command = [sys.executable, *options, str(script), str(run_dir), "0"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    one, two = (load_file(tmp_path / run / "fold0" / "last.safetensors") for run in ("one", "two"))
+    start = torch.load(tmp_path / "one" / "fold0" / "state.pt", weights_only=True)
+    assert start["step"] == 4
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+    histories = [pd.read_csv(tmp_path / run / "fold0" / "history.csv") for run in ("one", "two")]
+    for column in ("step", "pictures", "dice", "iou"):
+        np.testing.assert_allclose(histories[0][column], histories[1][column], atol=1e-6)
+
+
+def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(shared_competition, tmp_path):
+    run_dir = begun(shared_competition, tmp_path, batch_size=2)
+    chosen, pictures = Recipe.of(read_json(run_dir / "run.json")["parameters"]), photos.index(shared_competition)
+    source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, chosen.height, chosen.width)
+    dealt = folds.read_folds(run_dir)
+    state = training.Fold(chosen, pictures, source, dealt, 0, run_dir, processes=2)
+    (run_dir / "run.json").write_text(
+        json.dumps({"parameters": vars(chosen) | {"data_dir": "nowhere", "hq": False, "exclude": ""}})
+    )
+    with pytest.raises(UserError, match="nowhere"):
+        training.train(state)
+    begun(shared_competition, tmp_path, batch_size=2)
+    history = training.train(state)
+    assert state.finished
+    assert history["pictures"].tolist() == [0, 8, 16]
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_fold_that_the_run_does_not_have_is_refused(shared_competition, tmp_path, number):
+    with pytest.raises(UserError, match=f"fold is {number}, but the run has the folds 0 to 1"):
+        fold_of(shared_competition, tmp_path, number)
+
+
+def test_text_from_a_yaml_file_becomes_the_number_it_means():
+    assert Recipe.of(RECIPE | {"lr": "2e-3", "ema": 0}).lr == 0.002
