@@ -1,22 +1,29 @@
-"""What every measurement needs: the machine in words, an allocator that is not in the way, and a result file."""
+"""What every measurement needs: the machine in words, a tame allocator, a recipe, a training, and a result file."""
 
-import json
 import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from carvana import parallel
+from carvana.data.competition import Competition
+from carvana.files import write_json
+from carvana.profiles import load_profile, with_defaults
+from carvana.run import Run
+from carvana.training.recipe import Recipe
+from carvana.training.state import TrainState
+from carvana.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def tame_allocator() -> None:
     """Start this program again with the allocator settings that `carvana run` gives to its notebooks."""
-    from carvana.pipeline import tame_allocator
-
     if "MALLOC_TOP_PAD_" not in os.environ:
-        tame_allocator()
+        parallel.tame_allocator()
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
@@ -32,9 +39,25 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {' '.join(has) or 'no bf16'}, torch {torch.__version__}"
 
 
-def write(name: str, found: dict) -> None:
+def recipe_of(profile: str = "", **changes: Any) -> Recipe:
+    """The recipe of a profile, by default of the notebooks' defaults, with `changes`."""
+    return Recipe.from_parameters(with_defaults(load_profile(profile) if profile else {}) | changes)
+
+
+def trainer_in(
+    run: Run, competition: Competition, recipe: Recipe, fold: int = 0, n_folds: int = 2, holdout_cars: int = 0
+) -> Trainer:
+    """Training of a fold of `run`, whose cars are split by seed 1."""
+    run.split(competition.samples, n_folds, holdout_cars, 1)
+    return Trainer(run, competition, recipe, fold)
+
+
+def state_for_steps(recipe: Recipe) -> TrainState:
+    """The state of a training that is never saved, to measure single steps of it."""
+    return TrainState(recipe, fold=0, total_steps=1000, data="none", path=RESULTS / "never_saved.pt")
+
+
+def write(name: str, results: dict[str, Any]) -> None:
     """Write bench/results/NAME.json, with the machine and the command, of folders elsewhere the names alone."""
-    RESULTS.mkdir(exist_ok=True)
     command = " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)])
-    text = json.dumps({"machine": machine(), "command": command} | found, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    write_json(RESULTS / f"{name}.json", {"machine": machine(), "command": command} | results)

@@ -1,10 +1,10 @@
-"""Pictures a second of the training loader against the usual one, in one run, one process each.
+"""Images a second of the training loader against the usual one, in one run, one process each.
 
 Usual: PIL decodes the whole JPEG and resizes it, PIL reads the GIF, both become float64 arrays in NCHW, a random flip.
 Ours: the package's loader with the same flip, from the cache and without it, up to the same normalised float batch.
 The allocator is that of a run for both.
 
-python bench/loader.py [--data FOLDER]        (default: a demo competition of full-size photographs, made on the fly)
+python bench/loader.py [--data FOLDER]        (default: a demo competition of full-size images, made on the fly)
 """
 
 import argparse
@@ -18,8 +18,7 @@ from common import machine, tame_allocator, write
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from carvana.data import competition as photos
-from carvana.data import dataset, demo
+from carvana.data import Competition, dataset, demo
 
 SIZES = [(320, 480), (640, 960)]
 BATCH_SIZE, ROUNDS = 8, 6
@@ -46,34 +45,35 @@ class Usual(Dataset):
 
 
 def ours(source, n: int) -> DataLoader:
-    flip = dataset.augmentation(0.5, 0, 0, 0, 0, 0, 0, 0)
-    pictures = dataset.TrainingPictures(source, np.arange(n), flip, seed=1)
-    return DataLoader(pictures, batch_sampler=dataset.batches(n, BATCH_SIZE, 1, 1, 1))
+    flip = dataset.Augmentation(hflip=0.5).compose()
+    samples = dataset.TrainDataset(source, np.arange(n), flip, seed=1)
+    return DataLoader(samples, batch_sampler=dataset.batches(n, BATCH_SIZE, 1, 1, 1))
 
 
-def normalised(pictures: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the network and the loss do with a batch of bytes, on the device."""
-    return pictures.permute(0, 3, 1, 2).float().sub_(127.5).mul_(1 / 127.5), targets.float() / 255
+    return images.permute(0, 3, 1, 2).float().sub_(127.5).mul_(1 / 127.5), targets.float() / 255
 
 
-def usual_floats(pictures: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return pictures.float(), targets.float()
+def usual_floats(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.float(), targets.float()
 
 
 def seconds(loader: DataLoader, finish) -> float:
     began, seen = time.perf_counter(), 0
-    for pictures, targets, *_ in loader:
-        finish(pictures, targets)
-        seen += len(pictures)
+    for images, targets, *_ in loader:
+        finish(images, targets)
+        seen += len(images)
     return (time.perf_counter() - began) / seen
 
 
 def measure(data: Path, height: int, width: int, cache: Path) -> dict:
-    pictures = photos.index(data).head(8 * BATCH_SIZE)
-    decoded = dataset.Decoded(photos.photographs(data, "train"), pictures, height, width)
-    n = len(pictures)
+    competition = Competition(data)
+    samples = competition.samples.head(8 * BATCH_SIZE)
+    decoded = dataset.DecodedSamples(competition.train_images, samples, height, width)
+    n = len(samples)
     loaders = {
-        "usual": (DataLoader(Usual(data, pictures["img"].tolist(), height, width), BATCH_SIZE), usual_floats),
+        "usual": (DataLoader(Usual(data, samples["img"].tolist(), height, width), BATCH_SIZE), usual_floats),
         "uncached": (ours(decoded, n), normalised),
         "cached": (ours(dataset.cached(decoded, cache), n), normalised),
     }
@@ -81,13 +81,13 @@ def measure(data: Path, height: int, width: int, cache: Path) -> dict:
     for _ in range(ROUNDS + 1):
         for name, (loader, finish) in loaders.items():
             times[name].append(seconds(loader, finish))
-    times = {name: np.array(found[1:]) for name, found in times.items()}  # the first round fills the page cache
-    found = {f"{name}_per_s": round(float(np.median(1 / t)), 1) for name, t in times.items()}
+    times = {name: np.array(rounds[1:]) for name, rounds in times.items()}  # the first round fills the page cache
+    results = {f"{name}_per_s": round(float(np.median(1 / t)), 1) for name, t in times.items()}
     for name in ("cached", "uncached"):
         ratios = times["usual"] / times[name]
-        found[f"ratio_{name}"] = round(float(np.median(ratios)), 2)
-        found[f"ratio_{name}_spread"] = [round(float(value), 2) for value in (ratios.min(), ratios.max())]
-    return found
+        results[f"ratio_{name}"] = round(float(np.median(ratios)), 2)
+        results[f"ratio_{name}_spread"] = [round(float(value), 2) for value in (ratios.min(), ratios.max())]
+    return results
 
 
 def main() -> None:
@@ -100,12 +100,12 @@ def main() -> None:
         if data is None:
             data = Path(folder) / "demo"
             demo.write_competition(data, 4, 1, 1)
-        found = {f"{h}x{w}": measure(data, h, w, Path(folder)) for h, w in SIZES}
-    for size, row in found.items():
+        results = {f"{h}x{w}": measure(data, h, w, Path(folder)) for h, w in SIZES}
+    for size, row in results.items():
         print(size, row)
-    worst = {name: min(row[name] for row in found.values()) for name in ("ratio_cached", "ratio_uncached")}
+    worst = {name: min(row[name] for row in results.values()) for name in ("ratio_cached", "ratio_uncached")}
     print(machine(), worst)
-    write("loader", worst | {"sizes": found, "rounds": ROUNDS, "threads": 1})
+    write("loader", worst | {"sizes": results, "rounds": ROUNDS, "threads": 1})
 
 
 if __name__ == "__main__":

@@ -9,15 +9,9 @@ import argparse
 import resource
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from common import machine
-from train import ours
-
-from carvana.pipeline import parameters
-from carvana.training.recipe import Recipe
+from common import machine, recipe_of, state_for_steps
 
 NETWORKS = {
     "lite0, slim decoder": {"encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8"},
@@ -28,14 +22,11 @@ SIZES, BATCHES = [(320, 480), (512, 512), (640, 960)], (4, 8, 16)
 
 
 def measure(network: str, height: int, width: int, batch_size: int) -> None:
-    values = {name: parameter.default for name, parameter in parameters().items()}
-    size = {"height": height, "width": width, "batch_size": batch_size, "encoder_weights": ""}
-    chosen = Recipe.of(values | size | NETWORKS[network])
-    batch = torch.zeros(batch_size, height, width, 3, dtype=torch.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        step = ours(chosen, Path(folder))
-        for _ in range(2):
-            step(batch, batch[..., 0].clone())
+    size = {"height": height, "width": width, "batch_size": batch_size}
+    state = state_for_steps(recipe_of(encoder_weights="", **size, **NETWORKS[network]))
+    images = torch.zeros(batch_size, height, width, 3, dtype=torch.uint8)
+    for _ in range(2):
+        state.train_step(images, images[..., 0].clone())
     on_gpu = torch.cuda.is_available()
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print((torch.cuda.max_memory_allocated() if on_gpu else held) / 1e9)
@@ -64,9 +55,9 @@ def main() -> None:
             cells = []
             for batch_size in BATCHES:
                 pixels = height * width * batch_size
-                found = cell(network, (height, width), batch_size, 0.7 + a_pixel * pixels, options.most_gb)
-                a_pixel = (found - 0.7) / pixels if found else a_pixel
-                cells.append(f"{found:.1f} GB" if found else f"over {options.most_gb:.0f} GB, not tried")
+                gigabytes = cell(network, (height, width), batch_size, 0.7 + a_pixel * pixels, options.most_gb)
+                a_pixel = (gigabytes - 0.7) / pixels if gigabytes else a_pixel
+                cells.append(f"{gigabytes:.1f} GB" if gigabytes else f"over {options.most_gb:.0f} GB, not tried")
             print(f"| {network} | {height}x{width} | {' | '.join(cells)} |", flush=True)
     return None
 

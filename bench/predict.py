@@ -23,10 +23,9 @@ from rle import usual_encode
 from torch.nn.functional import interpolate
 
 from carvana import rle
-from carvana.data import competition as photos
-from carvana.data import demo
-from carvana.inference import ensemble as inference
-from carvana.models import Network, Segmenter
+from carvana.data import demo, images
+from carvana.inference.logits import BlendedLogits
+from carvana.models import ModelConfig, SegmentationModel
 
 SIZES = [(320, 480), (640, 960)]
 
@@ -47,12 +46,12 @@ def usual_out_two_classes(logits: torch.Tensor) -> str:
     return usual_encode(interpolate(both, (1280, 1918), mode="bilinear").argmax(1)[0].numpy())
 
 
-def ours_in(archive: photos.Archive, name: str, height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(photos.picture(archive, name, height, width)[0])
+def ours_in(archive: images.Archive, name: str, height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(images.read_image(archive, name, height, width)[0])
 
 
 def ours_out(logits: torch.Tensor) -> str:
-    return rle.from_edges(inference.edges([logits], (1280, 1918), 0.0))
+    return rle.from_edges(BlendedLogits([logits.numpy()]).edges((1280, 1918), 0.0))
 
 
 def floor(data: bytes, mask: np.ndarray) -> None:
@@ -60,7 +59,7 @@ def floor(data: bytes, mask: np.ndarray) -> None:
     np.count_nonzero(mask)
 
 
-def measure(archive: photos.Archive, names: list[str], height: int, width: int, rounds: int) -> dict:
+def measure(archive: images.Archive, names: list[str], height: int, width: int, rounds: int) -> dict:
     files = [archive.read(name) for name in names]
     maps = [torch.from_numpy(car) for car in synthetic.logits(len(names), height, width)]
     mask = synthetic.masks(1)[0]
@@ -79,19 +78,19 @@ def measure(archive: photos.Archive, names: list[str], height: int, width: int, 
             for i in range(len(names)):
                 stage(i)
             seconds[name].append((time.perf_counter() - began) / len(names))
-    t = {name: np.array(found[1:]) for name, found in seconds.items()}
+    t = {name: np.array(of_stage[1:]) for name, of_stage in seconds.items()}
     ours = t["ours_in"] + t["ours_out"]
     ratios = {f"ratio_{k}": (t["usual_in"] + t[f"usual_out_{k}"]) / ours for k in ("one_class", "two_class")}
     ratios["ratio_floor"] = ours / t["floor"]
-    found = {f"{name}_ms": round(float(np.median(value)) * 1e3, 3) for name, value in t.items()}
-    found |= {name: round(float(np.median(value)), 2) for name, value in ratios.items()}
-    return found | {f"{name}_spread": [round(float(v), 2) for v in (r.min(), r.max())] for name, r in ratios.items()}
+    results = {f"{name}_ms": round(float(np.median(value)) * 1e3, 3) for name, value in t.items()}
+    results |= {name: round(float(np.median(value)), 2) for name, value in ratios.items()}
+    return results | {f"{name}_spread": [round(float(v), 2) for v in (r.min(), r.max())] for name, r in ratios.items()}
 
 
 def network_ms(height: int, width: int) -> float:
     """The smallest network of the profiles on one thread, in the package's own precision."""
-    chosen = Network("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)
-    model, batch = Segmenter(chosen).eval(), torch.zeros(4, height, width, 3, dtype=torch.uint8)
+    config = ModelConfig("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)
+    model, batch = SegmentationModel(config).eval(), torch.zeros(4, height, width, 3, dtype=torch.uint8)
     times = []
     for _ in range(4):
         began = time.perf_counter()
@@ -112,17 +111,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not options.photos:
             demo.write_competition(Path(folder) / "demo", 1, 1, 1)
-        archive = photos.Archive(options.photos or Path(folder) / "demo" / "test", ".jpg")
+        archive = images.Archive(options.photos or Path(folder) / "demo" / "test", ".jpg")
         names = archive.names[: 6 if options.quick else 12]
         rounds = 3 if options.quick else 8
-        found = {f"{h}x{w}": measure(archive, names, h, w, rounds) for h, w in SIZES}
+        results = {f"{h}x{w}": measure(archive, names, h, w, rounds) for h, w in SIZES}
     for height, width in SIZES if options.network else ():
-        found[f"{height}x{width}"]["network_ms"] = network_ms(height, width)
+        results[f"{height}x{width}"]["network_ms"] = network_ms(height, width)
     print(machine())
-    for size, row in found.items():
+    for size, row in results.items():
         print(size)
         print("\n".join(f"  {name:28}{value}" for name, value in row.items()))
-    write("predict", found | {"pictures": len(names), "rounds": rounds, "threads": 1})
+    write("predict", results | {"pictures": len(names), "rounds": rounds, "threads": 1})
 
 
 if __name__ == "__main__":

@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, machine, tame_allocator
+from common import RESULTS, machine, recipe_of, tame_allocator, trainer_in
 from timm.optim import create_optimizer_v2
 
-from carvana import metrics
-from carvana.data import competition as photos
-from carvana.data import dataset, folds
-from carvana.files import overlapped, write_text
-from carvana.models import Segmenter
-from carvana.pipeline import parameters
-from carvana.training import trainer as training
+from carvana.data import Competition
+from carvana.files import write_text
+from carvana.metrics import dice, error_shares, mean_over_cars
+from carvana.models import SegmentationModel
+from carvana.run import Run
+from carvana.training.launch import train
 from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe, size_at
 
@@ -57,110 +56,109 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     parser.add_argument("--scores", type=Path, help="scores.csv of a finished run, to say where its lost Dice sits")
     parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; none: write the table anew")
-    given = parser.parse_args()
+    options = parser.parse_args()
     tame_allocator()
-    run(given)
-    write_text(RESULTS / "recipe.md", page(given))
+    train_arms(options)
+    write_text(RESULTS / "recipe.md", page(options))
 
 
-def run(given: argparse.Namespace) -> None:
+def train_arms(options: argparse.Namespace) -> None:
     """Train the arms that are not done yet."""
-    recipes = {name: recipe(given.encoder_weights, ARMS[name][2]) for name in given.arms}
+    recipes = {name: recipe_of_arm(name, options.encoder_weights) for name in options.arms}
     costs = step_costs(recipes)
     print(pd.Series(costs).round(3).to_string(), flush=True)
-    for name, chosen in recipes.items():
+    for name, recipe in recipes.items():
         path = ARM_RESULTS / f"{name}.json"
-        facts = asdict(chosen) | {"encoder_weights": Path(chosen.encoder_weights).name}
+        facts = asdict(recipe) | {"encoder_weights": Path(recipe.encoder_weights).name}
         if path.exists() and json.loads(path.read_text())["recipe"] == facts:
             continue  # done by an earlier call
-        steps = round(given.steps * costs[given.arms[0]] / costs[name])
-        found = {"machine": machine(), "cost": costs[name] / costs[given.arms[0]], "steps": steps}
-        found |= train(chosen, given.data, given.folder / name, steps) | {"recipe": facts}
-        write_text(path, json.dumps(found) + "\n")
-        print(f"{name}: {steps} steps, Dice {np.mean(found['dice']):.6f}", flush=True)
+        cost = costs[name] / costs[options.arms[0]]
+        arm = {"machine": machine(), "cost": cost, "steps": round(options.steps / cost)}
+        arm |= train_for(recipe, options.data, options.folder / name, arm["steps"]) | {"recipe": facts}
+        write_text(path, json.dumps(arm) + "\n")
+        print(f"{name}: {arm['steps']} steps, Dice {np.mean(arm['dice']):.6f}", flush=True)
 
 
-def page(given: argparse.Namespace) -> str:
+def page(options: argparse.Namespace) -> str:
     """The table of all arms that are done, and what was not measured."""
-    found = {name: json.loads(path.read_text()) for name in ARMS if (path := ARM_RESULTS / f"{name}.json").exists()}
+    arms = {name: json.loads(path.read_text()) for name in ARMS if (path := ARM_RESULTS / f"{name}.json").exists()}
     lines = ["| arm | change | steps | a step costs | Dice | against | difference | 95 % interval |", "|---" * 8 + "|"]
-    for name, arm in found.items():
+    for name, arm in arms.items():
         reference, change, _ = ARMS[name]
         cells = [name, change, f"{arm['steps']}", f"{arm['cost']:.2f}", f"{np.mean(arm['dice']):.6f}", reference]
         if reference:
-            gain = np.array(arm["dice"]) - np.array(found[reference]["dice"])
-            mean, low, high = metrics.mean_over_cars(gain, arm["cars"])
+            gain = np.array(arm["dice"]) - np.array(arms[reference]["dice"])
+            mean, low, high = mean_over_cars(gain, arm["cars"])
             cells += [f"{mean:+.6f}", f"{low:+.6f} to {high:+.6f}"]
         lines.append("| " + " | ".join([*cells, "", ""][:8]) + " |")
     return f"""# What pays in a short training
 
-Each arm trains fold 0 of 2 for what {given.steps} steps of `base` cost, about five minutes on two cores, and is scored
-on 400 pictures of 50 cars that it has not seen, at 512x512, without test-time views. The interval is of the paired
+Each arm trains fold 0 of 2 for what {options.steps} steps of `base` cost, about five minutes on two cores, and is
+scored on 400 images of 50 cars that it has not seen, at 512x512, without test-time views. The interval is of the paired
 difference over cars; it does not hold the spread between seeds, so differences below 0.0003 say nothing. The cost of a
 step is relative to `base`, measured side by side in one run.
 
 Machine: {machine()}.
-Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --steps {given.steps} ARM ...`.
+Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --steps {options.steps} ARM ...`.
 
 {chr(10).join(lines)}
 
 Not measured: other encoders and 640x960 (a GPU is needed), the decoder's width, label exclusion.
-{where(given.scores) if given.scores else ""}"""
+{where(options.scores) if options.scores else ""}"""
 
 
 def where(path: Path) -> str:
     """Where the Dice that a finished run still loses sits."""
     scores = pd.read_csv(path, dtype={"car": str})
-    pixels = scores[["edge_1", "edge_3", "edge_10", "missed", "extra"]].mean()
-    share = pixels / pixels.sum()
+    parts = error_shares(scores)
+    share = parts["share"]
     views = scores.groupby("view")["dice"].mean()
     worst = scores["dice"] <= scores["dice"].quantile(0.05)
     lost = (1 - scores.loc[worst, "dice"]).sum() / (1 - scores["dice"]).sum()
     return f"""
 ## Where the lost Dice sits
 
-Of a finished run of profiles/cpu.yaml, Dice {scores["dice"].mean():.6f} out of fold on {len(scores)} pictures: of
-{pixels.sum():.0f} wrong pixels a picture {share["edge_1"]:.0%} touch the true edge, {share["edge_3"]:.0%} more are
-within 3 pixels, {share["edge_10"]:.0%} within 10, {share["missed"]:.1%} are missed parts (antennas, spoilers) and
-{share["extra"]:.1%} are wall taken for car. The worst view is {views.idxmin()} ({views.min():.6f}), the best
-{views.idxmax()} ({views.max():.6f}). The worst twentieth of the pictures holds {lost:.0%} of the loss.
+Of a finished run of profiles/cpu.yaml, Dice {scores["dice"].mean():.6f} out of fold on {len(scores)} images: of
+{parts["pixels"].sum():.0f} wrong pixels an image {share["edge_1"]:.0%} touch the true edge, {share["edge_3"]:.0%} more
+are within 3 pixels, {share["edge_10"]:.0%} within 10, {share["missed"]:.1%} are missed parts (antennas, spoilers) and
+{share["extra"]:.1%} are background taken for car. The worst view is {views.idxmin()} ({views.min():.6f}), the best
+{views.idxmax()} ({views.max():.6f}). The worst twentieth of the images holds {lost:.0%} of the loss.
 """
 
 
-def recipe(weights: str, changes: dict) -> Recipe:
-    values = {name: parameter.default for name, parameter in parameters().items()}
-    return Recipe.of(values | SHARED | {"encoder_weights": weights} | changes)
+def recipe_of_arm(name: str, weights: str) -> Recipe:
+    return recipe_of(**SHARED | {"encoder_weights": weights} | ARMS[name][2])
 
 
 def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
     """Seconds of an arm's middle step, smaller ones counted by their pixels; the arms take turns."""
-    steps = {name: stepper(chosen) for name, chosen in recipes.items()}
+    steps = {name: stepper(recipe) for name, recipe in recipes.items()}
     seconds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             began = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(seconds[name][1:])) * pixels(chosen) for name, chosen in recipes.items()}
+    return {name: float(np.median(seconds[name][1:])) * pixels(recipe) for name, recipe in recipes.items()}
 
 
-def pixels(chosen: Recipe) -> float:
+def pixels(recipe: Recipe) -> float:
     """Mean share of the full size's pixels in a step."""
-    full = chosen.height, chosen.width
-    sizes = [size_at(full, chosen.start_size, done) for done in np.linspace(0, 1, 200, endpoint=False)]
+    full = recipe.height, recipe.width
+    sizes = [size_at(full, recipe.start_size, done) for done in np.linspace(0, 1, 200, endpoint=False)]
     return float(np.mean([height * width for height, width in sizes])) / (full[0] * full[1])
 
 
-def stepper(chosen: Recipe):
-    model, loss_of = Segmenter(chosen.network).train(), loss_named(chosen.loss)
-    fused = {"fused": True} if chosen.optimizer == "adamw" else {}
-    optimizer = create_optimizer_v2(model, chosen.optimizer, chosen.lr, chosen.weight_decay, **fused)
-    pictures = torch.zeros(chosen.batch_size, chosen.height, chosen.width, 3, dtype=torch.uint8)
-    targets = torch.rand(pictures.shape[:3])
+def stepper(recipe: Recipe):
+    model, loss_of = SegmentationModel(recipe.model_config).train(), loss_named(recipe.loss)
+    fused = {"fused": True} if recipe.optimizer == "adamw" else {}
+    optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **fused)
+    images = torch.zeros(recipe.batch_size, recipe.height, recipe.width, 3, dtype=torch.uint8)
+    targets = torch.rand(images.shape[:3])
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(pictures)
+            logits = model(images)
         loss_of(logits, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -168,24 +166,21 @@ def stepper(chosen: Recipe):
     return step
 
 
-def train(chosen: Recipe, data: Path, folder: Path, steps: int) -> dict:
+def train_for(recipe: Recipe, data: Path, folder: Path, steps: int) -> dict:
     """Train fold 0 for `steps` steps; score half the views of its unseen cars, by averaged and by raw weights."""
     shutil.rmtree(folder, ignore_errors=True)
-    pictures = photos.index(data, False, None)
-    fold_of_car = folds.folds_of_run(folder, pictures, 2, 0, 1)
-    decoded = dataset.Decoded(photos.photographs(data, "train", False), pictures, chosen.height, chosen.width)
-    source = dataset.cached(decoded, folder.parent / "cache")
-    fold = training.Fold(chosen, pictures, source, fold_of_car, 0, folder)
-    fold.keys, fold.valid_rows = fold.keys[:steps], fold.valid_rows[::2]
-    fold.history = [{"dice": 0.0}]  # not the untrained network: its score costs half a minute
+    trainer = trainer_in(Run(folder.parent, folder.name), Competition(data), recipe)
+    state, rows = trainer.state, trainer.valid_rows[::2]
+    trainer.batch_keys, state.total_steps, trainer.valid_rows = trainer.batch_keys[:steps], steps, rows
+    state.history = [{"dice": 0.0}]  # not the untrained network: its score costs half a minute
     began = time.monotonic()
-    training.train(fold)
+    train(trainer)
     seconds = time.monotonic() - began
-    scored = pictures.iloc[fold.valid_rows]
-    dice = metrics.dice(*np.array(list(overlapped(fold._count, fold._predict(fold.valid_rows)))).T)
-    fold.ema = None
-    raw = fold.validate(fold.valid_rows)[0]
-    return {"seconds": seconds, "cars": scored["car"].tolist(), "dice": dice.round(6).tolist(), "raw_dice": raw}
+    dices = dice(trainer.validator.pixel_counts(state.network, rows)).round(6).tolist()
+    state.ema = None
+    raw = trainer.validator.scores(state.network, rows).dice
+    cars = trainer.samples["car"].iloc[rows].tolist()
+    return {"seconds": seconds, "cars": cars, "dice": dices, "raw_dice": raw}
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import synthetic
 from common import machine, write
 
 from carvana import rle
-from carvana.inference.predict import PART_SIZE
+from carvana.inference.predict import SHARD_SIZE
 
 CARS = 64  # different masks, which the rows repeat
 STAGES = {
     "assemble": "submission.assemble(sorted(folder.glob('part-*.csv')), (folder / 'names').read_text().split(), made)",
-    "validate": "assert submission.validate(made, folder / 'sample.csv').ok",
+    "validate": "assert submission.validate(made, submission.Expected(folder / 'sample.csv')).ok",
     "score": "submission.score(made, folder / 'truth.csv')",
 }
 STAGE = """
@@ -40,8 +40,9 @@ def make(folder: Path, rows: int) -> None:
     """Parts, a sample and a truth."""
     texts = [rle.encode(mask) for mask in synthetic.masks(CARS)]
     names = [f"{i // 16:012x}_{i % 16 + 1:02d}.jpg" for i in range(rows)]
-    for number, first in enumerate(range(0, rows, PART_SIZE)):
-        table(folder / f"part-{number:05d}.csv", [(names[i], texts[i % CARS]) for i in range(rows)[first:][:PART_SIZE]])
+    for number, first in enumerate(range(0, rows, SHARD_SIZE)):
+        shard = range(rows)[first : first + SHARD_SIZE]
+        table(folder / f"part-{number:05d}.csv", [(names[i], texts[i % CARS]) for i in shard])
     table(folder / "truth.csv", ((name, texts[(i + 1) % CARS]) for i, name in enumerate(names)))
     table(folder / "sample.csv", ((name, "1 1") for name in names))
     (folder / "names").write_text("\n".join(names))

@@ -1,6 +1,6 @@
 """The original write-up reproduced: its recipe, then each of its options alone, in bench/results/seed.md.
 
-With a GPU at the write-up's own 512x512 on all pictures; on a CPU scaled down by --height, --width and --cars.
+With a GPU at the write-up's own 512x512 on all images; on a CPU scaled down by --height, --width and --cars.
 
 python bench/seed.py --data FOLDER --height 96 --width 96 --cars 20
 """
@@ -12,16 +12,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from common import RESULTS, machine, tame_allocator
+from common import RESULTS, machine, recipe_of, tame_allocator, trainer_in
 
-from carvana.data import competition as photos
-from carvana.data import dataset, folds
-from carvana.evaluation import evaluate as evaluation
+from carvana.data import Competition
+from carvana.evaluation import evaluate
 from carvana.files import write_text
-from carvana.pipeline import load_profile, parameters
-from carvana.training import trainer as training
-from carvana.training.recipe import Recipe
+from carvana.run import Run
+from carvana.training import Recipe
+from carvana.training.launch import train
 
 
 def arms(h: int, w: int) -> dict[str, dict]:
@@ -56,26 +54,17 @@ def main() -> None:
     write_text(RESULTS / "seed.md", page(rows, options))
 
 
-def recipe(changes: dict, options: argparse.Namespace, **more) -> Recipe:
+def recipe_of_arm(changes: dict, options: argparse.Namespace, seed: int = 1) -> Recipe:
     """The seed profile at the size given, with an arm's changes."""
-    values = {name: parameter.default for name, parameter in parameters().items()}
-    values |= load_profile("profiles/seed.yaml") | {"epochs": options.epochs}
-    values |= {"height": options.height, "width": options.width} | changes | more
-    return Recipe.of(values)
+    size = {"epochs": options.epochs, "height": options.height, "width": options.width, "seed": seed}
+    return recipe_of("profiles/seed.yaml", **size | changes)
 
 
-def pictures_of(options: argparse.Namespace) -> pd.DataFrame:
-    pictures = photos.index(options.data)
-    cars = pictures["car"].unique()[: options.cars or None]
-    return pictures[pictures["car"].isin(cars)].reset_index(drop=True)
-
-
-def train(chosen: Recipe, options: argparse.Namespace, folder: Path, fold: int) -> pd.DataFrame:
-    pictures = pictures_of(options)
-    dealt = folds.folds_of_run(folder, pictures, 2, 0, 1)
-    decoded = dataset.Decoded(photos.photographs(options.data, "train"), pictures, chosen.height, chosen.width)
-    source = dataset.cached(decoded, options.folder / "cache")
-    return training.train(training.Fold(chosen, pictures, source, dealt, fold, folder))
+def competition_of(options: argparse.Namespace) -> Competition:
+    competition = Competition(options.data)
+    cars = competition.samples["car"].unique()[: options.cars or None]
+    competition.samples = competition.samples[competition.samples["car"].isin(cars)].reset_index(drop=True)
+    return competition
 
 
 def row_of(name: str, changes: dict, options: argparse.Namespace) -> tuple:
@@ -83,7 +72,8 @@ def row_of(name: str, changes: dict, options: argparse.Namespace) -> tuple:
     if not done.exists():
         folder, began = options.folder / name, time.monotonic()
         shutil.rmtree(folder, ignore_errors=True)
-        history = train(recipe(changes, options), options, folder, 0)
+        run, recipe = Run(options.folder, name), recipe_of_arm(changes, options)
+        history = train(trainer_in(run, competition_of(options), recipe))
         ious = history["iou"].iloc[0], history["iou"].iloc[-1], history["dice"].iloc[-1]
         done.write_text(json.dumps((name, *ious, (time.monotonic() - began) / 60)))
     print(done.read_text(), flush=True)
@@ -92,15 +82,13 @@ def row_of(name: str, changes: dict, options: argparse.Namespace) -> tuple:
 
 def ensemble_rows(options: argparse.Namespace) -> list[tuple]:
     """Test-time augmentation, and two seeds blended, from the recipe as written."""
-    began = time.monotonic()
-    train(recipe({}, options, seed=2), options, options.folder / "second seed", 0)
+    began, competition, tta = time.monotonic(), competition_of(options), ["none", "hflip"]
+    runs = [Run(options.folder, name) for name in ("as written", "second seed")]
+    train(trainer_in(runs[1], competition, recipe_of_arm({}, options, seed=2)))
     minutes = (time.monotonic() - began) / 60
-    runs = [options.folder / "as written", options.folder / "second seed"]
-    photographs = photos.photographs(options.data, "train")
-    scores = evaluation.evaluate(runs, pictures_of(options), photographs, ["none", "hflip"])
-    single = evaluation.evaluate(runs[:1], pictures_of(options), photographs, ["none", "hflip"])
+    both, single = (evaluate(some, competition, tta).scores for some in (runs, runs[:1]))
     rows = [("TTA: and mirrored", np.nan, single["iou"].mean(), single["dice"].mean(), 0.0)]
-    return [*rows, ("ensemble of two seeds, TTA", np.nan, scores["iou"].mean(), scores["dice"].mean(), minutes)]
+    return [*rows, ("ensemble of two seeds, TTA", np.nan, both["iou"].mean(), both["dice"].mean(), minutes)]
 
 
 def page(rows: list[tuple], options: argparse.Namespace) -> str:
@@ -113,8 +101,8 @@ def page(rows: list[tuple], options: argparse.Namespace) -> str:
     return f"""# The original write-up, and its options
 
 Classic U-Net, Adam 1e-4, Dice loss, batch 4, {options.epochs} epochs at {options.height}x{options.width},
-{cars} cars in two folds, the first trained; scored on its unseen cars at the photographs' own size. The write-up: mean
-IoU 0.20 untrained, 0.99 trained, 25 hours on an RTX 4090 with 512x512 and all pictures. Each further row changes what
+{cars} cars in two folds, the first trained; scored on its unseen cars at the images' own size. The write-up: mean
+IoU 0.20 untrained, 0.99 trained, 25 hours on an RTX 4090 with 512x512 and all images. Each further row changes what
 it names.
 
 Machine: {machine()}. Command: `python bench/seed.py --data FOLDER --height {options.height} --width {options.width}

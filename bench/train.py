@@ -1,7 +1,7 @@
 """Seconds of a training step against the usual one, at equal network, size and batch, in one run.
 
 Two processes take turns, so that both meet the same machine. Usual: NCHW, float32 without AMP, torch's default Adam and
-allocator, the loss read at every step. Ours: `carvana.training`'s own step, EMA included, as `carvana run` starts it.
+allocator, the loss read at every step. Ours: `TrainState.train_step`, EMA included, as `carvana run` starts it.
 
 python bench/train.py [--encoder tu-tf_efficientnet_lite0] [--height 320] [--width 480] [--batch-size 8]
 """
@@ -10,58 +10,35 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from common import machine, write
+from common import machine, recipe_of, state_for_steps, write
 
-from carvana.models import Network, Segmenter
-from carvana.pipeline import parameters, tame_allocator
-from carvana.training import trainer as training
+from carvana.models import SegmentationModel
+from carvana.parallel import tame_allocator
 from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe
 
 ROUNDS, STEPS, WARM = 5, 3, 2
+TrainStep = Callable[[torch.Tensor, torch.Tensor], Any]  # of images (B, h, w, 3) and targets (B, h, w), both uint8
 
 
-class Random:
-    """Pictures of noise in the place of a cache."""
-
-    key = "noise"
-
-    def __getitem__(self, row: int) -> None:
-        raise NotImplementedError
-
-
-def ours(chosen: Recipe, folder: Path):
-    """The step of 03_train, on a fold of nothing."""
-    pictures = pd.DataFrame({"img": ["a_01.jpg", "b_01.jpg"], "car": ["a", "b"]})
-    dealt = pd.DataFrame({"car": ["a", "b"], "fold": [0, 1]})
-    fold = training.Fold(chosen, pictures, Random(), dealt, 0, folder)
-    loss_of, device = loss_named(chosen.loss), fold.accelerator.device
-
-    def step(batch: torch.Tensor, targets: torch.Tensor) -> None:
-        training._step(fold, loss_of, batch.to(device), targets.to(device))
-
-    return step
-
-
-def usual(chosen: Recipe):
+def usual(recipe: Recipe) -> TrainStep:
     """The step that most notebooks for this competition take, on the same network and loss."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Segmenter(chosen.network).net.to(memory_format=torch.contiguous_format).to(device).train()
+    network = SegmentationModel(recipe.model_config).net.to(memory_format=torch.contiguous_format).to(device).train()
     for layer in network.modules():
         layer.__dict__.pop("forward", None)  # without the package's own depthwise convolutions
-    optimizer, loss_of = torch.optim.Adam(network.parameters(), lr=1e-3), loss_named(chosen.loss)
+    optimizer, loss_of = torch.optim.Adam(network.parameters(), lr=1e-3), loss_named(recipe.loss)
 
-    def step(batch: torch.Tensor, targets: torch.Tensor) -> None:
-        images = ((batch.permute(0, 3, 1, 2).contiguous().float() / 255) - 0.5) / 0.5
+    def step(images: torch.Tensor, targets: torch.Tensor) -> None:
+        floats = ((images.permute(0, 3, 1, 2).contiguous().float() / 255) - 0.5) / 0.5
         optimizer.zero_grad()
-        loss = loss_of(network(images.to(device))[:, 0], targets.to(device) / 255)
+        loss = loss_of(network(floats.to(device))[:, 0], targets.to(device) / 255)
         loss.backward()
         optimizer.step()
         loss.item()
@@ -69,35 +46,50 @@ def usual(chosen: Recipe):
     return step
 
 
-def work(kind: str, options: argparse.Namespace) -> None:
+def recipe_from(options: argparse.Namespace) -> Recipe:
+    names = ("encoder", "decoder_channels", "height", "width", "batch_size")
+    return recipe_of(encoder_weights="", **{name: getattr(options, name) for name in names})
+
+
+def work(kind: str, recipe: Recipe) -> None:
     """A process that takes STEPS steps for every line that it reads and answers with seconds a step."""
-    values = {name: parameter.default for name, parameter in parameters().items()}
-    size = {"height": options.height, "width": options.width, "batch_size": options.batch_size, "encoder_weights": ""}
-    network = {"encoder": options.encoder, "decoder_channels": options.decoder_channels}
-    chosen = Recipe.of(values | size | network)
-    shape = options.batch_size, options.height, options.width
-    batch = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
+    shape = recipe.batch_size, recipe.height, recipe.width
+    images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
     targets = torch.randint(0, 256, shape, dtype=torch.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        step = ours(chosen, Path(folder)) if kind == "ours" else usual(chosen)
-        for _ in range(WARM):
-            step(batch, targets)
-        for _ in sys.stdin:
-            began = time.perf_counter()
-            for _ in range(STEPS):
-                step(batch, targets)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            print((time.perf_counter() - began) / STEPS, flush=True)
+    step = state_for_steps(recipe).train_step if kind == "ours" else usual(recipe)
+    for _ in range(WARM):
+        step(images, targets)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            step(images, targets)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        print((time.perf_counter() - began) / STEPS, flush=True)
 
 
-def start(kind: str) -> subprocess.Popen:
+def start(kind: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     if kind == "ours":
         tame_allocator()
         environment |= {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     command = [sys.executable, __file__, *sys.argv[1:], "--as", kind]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def take_turns() -> dict[str, list[float]]:
+    """Seconds a step of both, a number a round."""
+    processes = {kind: start(kind) for kind in ("usual", "ours")}
+    times: dict[str, list[float]] = {kind: [] for kind in processes}
+    for _ in range(ROUNDS):
+        for kind, process in processes.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            times[kind].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    return times
 
 
 def main() -> None:
@@ -109,26 +101,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--as", dest="kind", choices=("ours", "usual"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    recipe = recipe_from(options)
     if options.kind:
-        return work(options.kind, options)
-    processes = {kind: start(kind) for kind in ("usual", "ours")}
-    times = {kind: [] for kind in processes}
-    for _ in range(ROUNDS):
-        for kind, process in processes.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            times[kind].append(float(process.stdout.readline()))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+        return work(options.kind, recipe)
+    times = take_turns()
     ratios = np.array(times["usual"]) / np.array(times["ours"])
-    network = Network("unet", options.encoder, options.decoder_channels, options.height, options.width)
-    found = {"ratio_step": round(float(np.median(ratios)), 2), "ratio_spread": [ratios.min(), ratios.max()]}
-    found |= {f"{kind}_seconds": round(float(np.median(t)), 3) for kind, t in times.items()}
-    found |= {"network": vars(network), "batch_size": options.batch_size, "rounds": ROUNDS, "steps": STEPS}
+    results = {"ratio_step": round(float(np.median(ratios)), 2), "ratio_spread": [ratios.min(), ratios.max()]}
+    results |= {f"{kind}_seconds": round(float(np.median(t)), 3) for kind, t in times.items()}
+    results |= {"network": vars(recipe.model_config)}
+    results |= {"batch_size": recipe.batch_size, "rounds": ROUNDS, "steps": STEPS}
     print(machine())
-    print(found)
-    write("train", found)
+    print(results)
+    write("train", results)
     return None
 
 

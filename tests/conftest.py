@@ -1,4 +1,4 @@
-"""A tiny competition in the real layout, a recipe that trains on it in seconds, and where real photographs are."""
+"""A tiny competition in the real layout, a recipe that trains on it in seconds, and where real images are."""
 
 import base64
 import os
@@ -13,8 +13,10 @@ from fake_kaggle import KEY, NAMES, USER, guarded, zipped
 from PIL import Image
 
 from carvana import models, rle
-from carvana.data import competition as photos
-from carvana.training.recipe import Recipe
+from carvana.data.competition import Competition
+from carvana.data.images import Archive
+from carvana.run import Run
+from carvana.training import Recipe, Trainer
 
 HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
 
@@ -31,7 +33,23 @@ RECIPE = {
 
 
 def recipe(**changes) -> Recipe:
-    return Recipe.of(RECIPE | changes)
+    return Recipe.from_parameters(RECIPE | changes)
+
+
+def trainer_of(data, run_dir, fold=0, holdout_cars=0, **changes):
+    """The trainer of a fold of a run of two folds, with the recipe's changes."""
+    competition, run = Competition(data), Run(run_dir.parent, run_dir.name)
+    run.split(competition.samples, 2, holdout_cars, 1)
+    return Trainer(run, competition, recipe(**changes), fold)
+
+
+def begun(data, run_dir, **changes) -> Run:
+    """A run as it is before its first step."""
+    chosen = recipe(optimizer="sgd", loss="bce", ema=0.0, epochs=2, clip_norm=0.0, weight_decay=0.0, **changes)
+    competition, run = Competition(data), Run(run_dir.parent, run_dir.name)
+    run.split(competition.samples, 2, 0, 1)
+    run.write_start(vars(chosen) | competition.parameters, "key")
+    return run
 
 
 def ellipse(car: int, view: int) -> np.ndarray:
@@ -41,24 +59,24 @@ def ellipse(car: int, view: int) -> np.ndarray:
 
 
 def write_competition(folder: Path, cars: int = 4, test_cars: int = 1, gifs: bool = True) -> Path:
-    """Bright noisy ellipses on a dark wall; car i is named by i + 1 in twelve hex digits."""
+    """Bright noisy ellipses on a dark background; car i is named by i + 1 in twelve hex digits."""
     random = np.random.default_rng(0)
     rows = {"train": [], "test": []}
     for i in range(cars + test_cars):
-        part = "train" if i < cars else "test"
-        (folder / part).mkdir(parents=True, exist_ok=True)
+        split = "train" if i < cars else "test"
+        (folder / split).mkdir(parents=True, exist_ok=True)
         for view in range(1, VIEWS + 1):
             name, mask = f"{i + 1:012x}_{view:02d}", ellipse(i, view)
             image = np.where(mask[..., None], 200, 60) + random.integers(-30, 30, (HEIGHT, WIDTH, 3))
-            Image.fromarray(image.astype(np.uint8)).save(folder / part / f"{name}.jpg", quality=95, subsampling=0)
-            rows[part].append((f"{name}.jpg", rle.encode(mask)))
-            if gifs and part == "train":
+            Image.fromarray(image.astype(np.uint8)).save(folder / split / f"{name}.jpg", quality=95, subsampling=0)
+            rows[split].append((f"{name}.jpg", rle.encode(mask)))
+            if gifs and split == "train":
                 (folder / "train_masks").mkdir(exist_ok=True)
                 gif = Image.fromarray(mask.astype(np.uint8)).convert("P")
                 gif.putpalette([0, 0, 0, 255, 255, 255])
                 gif.save(folder / "train_masks" / f"{name}_mask.gif")
-    for part, file in (("train", "train_masks"), ("test", "truth")):
-        pd.DataFrame(rows[part], columns=["img", "rle_mask"]).to_csv(folder / f"{file}.csv", index=False)
+    for split, file in (("train", "train_masks"), ("test", "truth")):
+        pd.DataFrame(rows[split], columns=["img", "rle_mask"]).to_csv(folder / f"{file}.csv", index=False)
     sample = pd.DataFrame({"img": [name for name, _ in rows["test"]], "rle_mask": "1 1"})
     sample.to_csv(folder / "sample_submission.csv", index=False)
     return folder
@@ -78,7 +96,7 @@ def shared_competition(tmp_path_factory) -> Path:
 def real_data() -> Path:
     folder = os.environ.get("CARVANA_REAL_DATA", "")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("CARVANA_REAL_DATA names no folder of real photographs")
+        pytest.skip("CARVANA_REAL_DATA names no folder of real images")
     return Path(folder)
 
 
@@ -88,17 +106,17 @@ def members(tmp_path_factory) -> list[Path]:
     folder, paths = tmp_path_factory.mktemp("members"), []
     for i, (encoder, size) in enumerate(zip(("resnet18", "tu-tf_efficientnet_lite0"), MEMBER_SIZES, strict=True)):
         torch.manual_seed(i)
-        network = models.Network("unet", encoder, "16,8,8,8,8", *size)
+        config = models.ModelConfig("unet", encoder, "16,8,8,8,8", *size)
         path = folder / f"fold{i}" / "best.safetensors"
-        models.save_checkpoint(path, models.Segmenter(network).state_dict(), network)
+        models.save_checkpoint(path, models.SegmentationModel(config).state_dict(), config)
         paths.append(path)
     return paths
 
 
 @pytest.fixture
-def tests(shared_competition) -> photos.Archive:
-    """Photographs to predict."""
-    return photos.photographs(shared_competition, "train")
+def tests(shared_competition) -> Archive:
+    """Images to predict."""
+    return Competition(shared_competition).train_images
 
 
 @pytest.fixture

@@ -23,14 +23,14 @@ import pytest
 from confined.sitecustomize import block_network
 
 from carvana import submission
-from carvana.files import UserError
-from carvana.kaggle import download as transfer
+from carvana.errors import UserError
+from carvana.kaggle import download
 
 USER, KEY = "tester", "0f00ba12SECRETKEYdeadbeef"
 CONFINED = Path(__file__).parent / "confined"
 CHUNK = 1 << 20
 
-NAMES = ("train.zip", *transfer.TABLES, "test.zip")
+NAMES = ("train.zip", *download.TABLES, "test.zip")
 
 
 class Request(NamedTuple):
@@ -321,7 +321,7 @@ def zipped(size: int = 3000) -> bytes:
     return data.getvalue()
 
 
-def refused(expected, call, *values, **options):
+def refused(expected, call, /, *values, **options):
     with pytest.raises(UserError, match=expected) as caught:
         call(*values, **options)
     assert "\n" not in str(caught.value)

@@ -13,10 +13,10 @@ import torch
 from conftest import RECIPE
 from safetensors.torch import load_file
 
-from carvana import cli, files
-from carvana.data import competition as photos
-from carvana.data import folds
-from carvana.files import UserError
+from carvana import cli, files, pipeline, profiles
+from carvana.data import Competition
+from carvana.errors import UserError
+from carvana.run import Run
 
 
 def fails(capsys, *arguments) -> str:
@@ -41,11 +41,11 @@ def test_an_unknown_parameter_stops_before_anything_runs(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
-def test_a_missing_mask_ends_the_run_with_the_pictures_name(competition, capsys):
+def test_a_missing_mask_ends_the_run_with_the_images_name(competition, capsys):
     listed = competition / "train_masks.csv"
     listed.write_text("\n".join(listed.read_text().splitlines()[:-1]))
     error = fails(capsys, "run", profile(competition.parent))
-    assert error.startswith("carvana: 1 of 16 pictures have no mask in train_masks.csv, first 000000000004_04.jpg")
+    assert error.startswith("carvana: 1 of 16 images have no mask in train_masks.csv, first 000000000004_04.jpg")
     assert not (competition.parent / "runs" / "x" / "folds.csv").exists()
 
 
@@ -60,10 +60,8 @@ def test_a_missing_mask_ends_the_run_with_the_pictures_name(competition, capsys)
 def test_a_notebook_ends_with_one_line_that_names_the_parameter_or_file(
     competition, tmp_path, notebook, changes, message
 ):
-    from carvana import pipeline
-
-    values = pipeline.load_profile(profile(competition.parent, **changes))
-    step = next(step for step in pipeline.steps(values) if step.name == notebook)
+    values = profiles.load_profile(profile(competition.parent, **changes))
+    step = next(step for step in pipeline.steps(values) if step.notebook == notebook)
     with pytest.raises(UserError) as error:
         pipeline.execute(notebook, tmp_path / "out.ipynb", step.values)
     assert message in str(error.value)
@@ -114,13 +112,13 @@ def test_validate_prints_every_problem_and_exits_with_one(competition, capsys):
 
 
 def test_a_worker_process_hands_on_our_line_alone():
-    error = UserError("Caught UserError in DataLoader worker.\nTraceback\ncarvana.files.UserError: photo x is bad.\n")
-    assert str(error) == "photo x is bad."
+    error = UserError("Caught UserError in DataLoader worker.\nTraceback\ncarvana.errors.UserError: image x is bad.\n")
+    assert str(error) == "image x is bad."
 
 
 def test_folds_need_their_cars_before_anything_is_written(competition):
     with pytest.raises(UserError, match="n_folds is 9"):
-        folds.folds_of_run(competition.parent / "run", photos.index(competition), 9, 0, 1)
+        Run(competition.parent, "run").split(Competition(competition).samples, 9, 0, 1)
     assert not (competition.parent / "run").exists()
 
 
@@ -140,6 +138,6 @@ def test_a_run_killed_at_many_moments_ends_in_the_same_weights_folds_and_submiss
     for name in ("folds.csv", "scores.csv", "parts/part-00000.csv"):
         assert (runs / "cut" / name).read_bytes() == (runs / "whole" / name).read_bytes(), name
     for name in ("fold0/best", "fold0/last", "fold1/best", "fold1/last"):
-        made, wanted = (load_file(runs / run / f"{name}.safetensors") for run in ("cut", "whole"))
-        assert all(torch.equal(made[key], wanted[key]) for key in wanted), name
+        actual, expected = (load_file(runs / run / f"{name}.safetensors") for run in ("cut", "whole"))
+        assert all(torch.equal(actual[key], expected[key]) for key in expected), name
     assert (place / "submissions" / "cut.csv.gz").read_bytes() == (place / "submissions" / "whole.csv.gz").read_bytes()

@@ -1,16 +1,16 @@
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from carvana import metrics, rle
-from carvana.data import competition as photos
 from carvana.grid import Grid
 
 
-def test_natural_sizes_cover_1920_columns_and_others_the_picture_itself():
+def test_natural_sizes_cover_1920_columns_and_others_the_image_itself():
     assert Grid(1280, 1918, 640, 960).padded == (1280, 1920)
     assert Grid(1280, 1918, 320, 480).padded == (1280, 1920)
     assert Grid(1280, 1918, 1280, 1920).factor == 1
@@ -71,10 +71,10 @@ def test_runs_of_lone_pixels_corners_and_borders_equal_those_of_the_enlarged_log
 
 @pytest.mark.parametrize(("height", "width", "least"), [(320, 480, 0.9993), (640, 960, 0.9998)])
 def test_a_perfect_soft_target_of_a_real_mask_comes_back(real_data, height, width, least):
-    texts = photos.table(real_data / "carvana", "train_masks")["rle_mask"].iloc[::8]
+    texts = pd.read_csv(real_data / "carvana" / "train_masks.csv")["rle_mask"].iloc[::8]
     grid, dices = Grid(1280, 1918, height, width), []
     for text in texts:
         mask = rle.decode(text)
         logits = grid.soft_target(mask).astype("f4") - 127.5
-        dices.append(metrics.dice(*metrics.counts(grid.enlarge(logits) > 0, mask)))
+        dices.append(metrics.dice(metrics.pixel_counts(grid.enlarge(logits) > 0, mask)))
     assert np.mean(dices) >= least

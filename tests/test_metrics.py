@@ -9,18 +9,19 @@ from carvana import metrics
 
 def test_dice_and_iou_of_masks_counted_by_hand():
     predicted, true = np.array([[1, 1, 0]], bool), np.array([[0, 1, 1]], bool)
-    both = metrics.counts(predicted, true)
-    assert both == (1, 2, 2)
-    assert metrics.dice(*both) == 0.5
-    assert metrics.iou(*both) == pytest.approx(1 / 3)
+    counts = metrics.pixel_counts(predicted, true)
+    assert counts == (1, 2, 2)
+    assert metrics.dice(counts) == 0.5
+    assert metrics.iou(counts) == pytest.approx(1 / 3)
 
 
 def test_two_empty_masks_score_one_and_one_empty_mask_scores_zero():
-    assert metrics.dice(0, 0, 0) == metrics.iou(0, 0, 0) == 1
-    assert metrics.dice(0, 5, 0) == metrics.iou(0, 5, 0) == 0
+    both_empty, one_empty = metrics.PixelCounts(0, 0, 0), metrics.PixelCounts(0, 5, 0)
+    assert metrics.dice(both_empty) == metrics.iou(both_empty) == 1
+    assert metrics.dice(one_empty) == metrics.iou(one_empty) == 0
 
 
-def test_interval_is_drawn_over_cars_not_pictures():
+def test_interval_is_drawn_over_cars_not_images():
     values, cars = np.repeat([0.0, 1.0], 16), np.repeat(["a", "b"], 16)
     mean, low, high = metrics.mean_over_cars(values, cars)
     assert (mean, low, high) == (0.5, 0.0, 1.0)

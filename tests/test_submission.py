@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from carvana import rle, submission
-from carvana.files import UserError
+from carvana.errors import UserError
 
 HEIGHT, WIDTH = 4, 5  # 20 pixels: every number below can be checked by hand
 GOOD = "2 3 10 2"  # 5 pixels = 25 %
@@ -30,7 +30,7 @@ def sample(tmp_path):
 
 def check(tmp_path, sample, rows, **options):
     path = rows if isinstance(rows, Path) else write(tmp_path / "ours.csv", rows, **options)
-    return submission.validate(path, sample, HEIGHT, WIDTH)
+    return submission.validate(path, submission.Expected(sample, HEIGHT, WIDTH))
 
 
 def rows(**other):
@@ -48,7 +48,7 @@ def test_a_good_file_is_valid_and_its_area_known(tmp_path, sample):
     assert (result.rows, result.problems, result.warnings) == (4, [], [])
     assert result.mean_area == pytest.approx((0.25 * 3 + 0.5) / 4)
     assert result.lines() == [
-        f"{tmp_path / 'ours.csv'}: 4 rows, 31.25% of the picture masked on average",
+        f"{tmp_path / 'ours.csv'}: 4 rows, 31.25% of the image masked on average",
         f"{tmp_path / 'ours.csv'}: valid",
     ]
 
@@ -188,7 +188,7 @@ def test_unreadable_files(tmp_path, sample):
         assert str(path) in result.problems[0].examples[0]
         assert "missing" not in kinds(result.problems)
         with pytest.raises(UserError, match="cannot be read"):
-            submission.validate(plain, path, HEIGHT, WIDTH)
+            submission.validate(plain, submission.Expected(path, HEIGHT, WIDTH))
 
 
 def test_empty_file(tmp_path, sample):
@@ -210,18 +210,18 @@ def test_empty_file(tmp_path, sample):
     ],
 )
 def test_overlap_by_hand(a, b, expected):
-    assert submission.overlap(a, b) == expected
+    assert rle.overlap(a, b) == expected
 
 
 @settings(max_examples=200, deadline=None)
 @given(MASKS, MASKS)
 def test_overlap_is_that_of_the_masks(a, b):
-    assert submission.overlap(rle.encode(a), rle.encode(b)) == ((a & b).sum(), a.sum(), b.sum())
+    assert rle.overlap(rle.encode(a), rle.encode(b)) == ((a & b).sum(), a.sum(), b.sum())
 
 
 def test_overlap_of_large_ragged_masks():
     a, b = np.random.default_rng(0).random((2, 1280, 1918)) < 0.5
-    assert submission.overlap(rle.encode(a), rle.encode(b)) == ((a & b).sum(), a.sum(), b.sum())
+    assert rle.overlap(rle.encode(a), rle.encode(b)) == ((a & b).sum(), a.sum(), b.sum())
 
 
 @FILES
@@ -257,16 +257,16 @@ def test_score_refuses_other_names_and_broken_rows(tmp_path, ours, message):
 
 
 @pytest.fixture
-def parts(tmp_path):
+def shards(tmp_path):
     both = [[("0.jpg", GOOD), ("1.jpg", "")], [("2.jpg", "1 20"), ("3.jpg", GOOD)]]
     return [write(tmp_path / f"part-{i}.csv", slice_) for i, slice_ in enumerate(both)]
 
 
 @pytest.mark.parametrize("name", ["run.csv.gz", "run.csv.zip", "run.zip"])
-def test_assemble_keeps_order_and_is_repeatable(tmp_path, parts, sample, name):
+def test_assemble_keeps_order_and_is_repeatable(tmp_path, shards, sample, name):
     path, again = tmp_path / "a" / name, tmp_path / "b" / name
     for target in (path, again):
-        submission.assemble(parts, [f"{i}.jpg" for i in range(4)], target)
+        submission.assemble(shards, [f"{i}.jpg" for i in range(4)], target)
     assert path.read_bytes() == again.read_bytes()
     assert check(tmp_path, sample, path).ok
     expected = "img,rle_mask\n0.jpg,2 3 10 2\n1.jpg,\n2.jpg,1 20\n3.jpg,2 3 10 2\n"
@@ -282,20 +282,20 @@ def test_assemble_keeps_order_and_is_repeatable(tmp_path, parts, sample, name):
     [
         ("0123", (1, 0), "part-1.csv, line 2: expected 0.jpg, found 2.jpg"),
         ("0132", (0, 1), "part-1.csv, line 2: expected 3.jpg, found 2.jpg"),
-        ("0123", (0,), "2.jpg and 1 more pictures are in no part"),
+        ("0123", (0,), "2.jpg and 1 more images are in no shard"),
         ("012", (0, 1), "part-1.csv, line 3: expected nothing, found 3.jpg"),
     ],
 )
-def test_assemble_refuses_what_does_not_fit(tmp_path, parts, names, order, message):
+def test_assemble_refuses_what_does_not_fit(tmp_path, shards, names, order, message):
     path = tmp_path / "run.csv.gz"
     with pytest.raises(UserError, match=message):
-        submission.assemble([parts[i] for i in order], [f"{i}.jpg" for i in names], path)
+        submission.assemble([shards[i] for i in order], [f"{i}.jpg" for i in names], path)
     assert not path.exists()
     assert not list(tmp_path.glob(".*"))
 
 
-def test_assemble_names_a_missing_part_and_an_unknown_suffix(tmp_path, parts):
+def test_assemble_names_a_missing_shard_and_an_unknown_suffix(tmp_path, shards):
     with pytest.raises(UserError, match="part-9.csv cannot be read"):
         submission.assemble([tmp_path / "part-9.csv"], ["0.jpg"], tmp_path / "run.csv.gz")
     with pytest.raises(UserError, match=r"end with .csv.gz or .zip"):
-        submission.assemble(parts, ["0.jpg"], tmp_path / "run.csv")
+        submission.assemble(shards, ["0.jpg"], tmp_path / "run.csv")

@@ -1,6 +1,6 @@
 """Carvana Image Masking Challenge: from the download to the score, in six notebooks and one thin package."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import os
 

@@ -1,44 +1,21 @@
-"""Files that are never half-written, fingerprints of what a result depends on, and the error that a user sees."""
+"""Files that are never half-written, fingerprints of what a result depends on, and where paths start."""
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
+from carvana.errors import UserError
 
 # What reading a damaged or wrong archive raises; RuntimeError: a zip with a password.
-BROKEN = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
-
-
-class UserError(Exception):
-    """What a user can mend: one line that says what is wrong, in which file or parameter, and what to do."""
-
-    def __str__(self) -> str:
-        """Our line alone: a worker process of torch hands its whole traceback on as the message."""
-        return super().__str__().rpartition("carvana.files.UserError: ")[2].strip()
-
-    def _render_traceback_(self) -> list[str]:
-        """Jupyter shows this instead of a traceback."""
-        return [f"{type(self).__name__}: {self}"]
-
-
-class OutOfTimeError(UserError):
-    """The hours that were given are over; what was done is kept, and the same command goes on."""
+UNREADABLE = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
 
 
 @contextlib.contextmanager
@@ -121,34 +98,14 @@ def resolve(path: str | Path) -> Path:
     return project_root() / Path(path).expanduser()
 
 
-def given(path: str) -> Path | None:
+def optional_path(path: str | Path) -> Path | None:
     """`resolve` for a parameter that may be left empty."""
     return resolve(path) if path else None
 
 
-def listed(text: str) -> list[str]:
+def parse_list(text: str) -> list[str]:
     """The names in a parameter such as "none, hflip"."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def write_run(run_dir: Path, parameters: dict, data: str) -> None:
-    """Write run.json: parameters, versions, commit, machine and the fingerprint of the data that a run started with."""
-    packages = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
-    facts = {
-        "parameters": parameters,
-        "data": data,
-        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
-        "commit": _commit(),
-        "machine": {"system": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()},
-    }
-    write_json(run_dir / "run.json", facts)
-
-
-def _commit() -> str | None:
-    if not shutil.which("git"):
-        return None
-    git = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def need_space(folder: str | Path, size: int) -> None:
@@ -159,31 +116,3 @@ def need_space(folder: str | Path, size: int) -> None:
     if free < size:
         need = f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
         raise UserError(f"{folder}: {need}. Free space or choose another folder.")
-
-
-def overlapped(function: Callable, items: Iterable[tuple]) -> Iterator:
-    """`function(*item)` of every item, in order, on as many threads as cores.
-
-    At most four results a core wait, so that memory stays flat where the items come faster than they are worked on.
-    """
-    cores, waiting = os.cpu_count(), deque()
-    with ThreadPoolExecutor(cores) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, *item))
-            if len(waiting) > 4 * cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def progress(items: Iterable, what: str, unit: str = "pictures", **options: Any) -> tqdm:
-    """A progress bar with rate and time left; outside a terminal it is renewed every 10 s, so that logs stay short."""
-    live = sys.stderr.isatty()
-    interval = 0.2 if live else 10
-    return tqdm(items, desc=what, unit=" " + unit, mininterval=interval, ascii=not live, ncols=100, **options)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence: `, did you mean "x"?` where something similar is known, else `.`"""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f', did you mean "{close[0]}"?' if close else "."

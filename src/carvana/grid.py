@@ -1,9 +1,9 @@
 """The one grid between full size and network size.
 
-Picture, target and enlarged logits must lie on the same grid: mixing the grids of 1918 and 1920 columns costs 0.001 to
+Image, target and enlarged logits must lie on the same grid: mixing the grids of 1918 and 1920 columns costs 0.001 to
 0.0014 Dice. Where the network size is 1, 1/2, 1/4 or 1/8 of the full size (rounded up to what a network can divide by),
-the picture is padded at its right and lower edge by repeating the last column and row, and every network pixel covers
-k x k full-size pixels. Any other network size covers the picture itself, through one resize.
+the image is padded at its right and lower edge by repeating the last column and row, and every network pixel covers
+k x k full-size pixels. Any other network size covers the image itself, through one resize.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ STRIDE = 32  # segmentation networks halve the size five times, so height and wi
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the pixels of a network lie in a picture of `full_height` x `full_width`.
+    """Where the pixels of a network lie in an image of `full_height` x `full_width`.
 
     `height` x `width` is the size at the network, `padded_height` x `padded_width` the full-size area that it covers,
     `factor` the whole number of full-size pixels a network pixel covers along each side (0 where it is not whole).
@@ -46,7 +46,7 @@ class Grid:
         return self.height * self.factor, self.width * self.factor
 
     def reduce(self, image: np.ndarray) -> np.ndarray:
-        """Area average of a full-size picture or mask on this grid.
+        """Area average of a full-size image or mask on this grid.
 
         image: (full_height, full_width[, 3]) uint8. Returns (height, width[, 3]) uint8.
         """
@@ -60,20 +60,20 @@ class Grid:
         """Bilinear, half-pixel centres: (height, width) float32 -> (full_height, full_width) float32.
 
         Equals torch.nn.functional.interpolate(..., mode="bilinear", align_corners=False) on the padded size, cropped.
-        Logits are enlarged, not probabilities: the sigmoid bends straight edges (173 to 611 pixels a picture).
+        Logits are enlarged, not probabilities: the sigmoid bends straight edges (173 to 611 pixels an image).
         """
         return _bilinear(logits, *self.padded)[: self.full_height, : self.full_width]
 
-    def edges(self, logits: np.ndarray, cut: float = 0.0) -> np.ndarray:
-        """`rle.edges(self.enlarge(logits) > cut)`, for a whole factor without the full-size picture, 3 times as fast.
+    def edges(self, logits: np.ndarray, logit_threshold: float = 0.0) -> np.ndarray:
+        """`rle.edges(self.enlarge(logits) > logit_threshold)`, 3 times as fast for a whole factor.
 
         Along a full-size row the logits are straight lines between the centres of network pixels, so a run starts or
         ends once between two neighbours of opposite sign, and nowhere else.
         """
         k, (height, width) = self.factor, logits.shape
         if k < 2:
-            return rle.edges(self.enlarge(logits) > cut)
-        values, t = logits - np.float32(cut), (np.arange(k, dtype=np.float32) + np.float32(0.5)) / k
+            return rle.edges(self.enlarge(logits) > logit_threshold)
+        values, t = logits - np.float32(logit_threshold), (np.arange(k, dtype=np.float32) + np.float32(0.5)) / k
         signs = _row_signs(values, t)[: self.full_height].reshape(-1)
         change = np.flatnonzero(signs[1:] != signs[:-1])
         y, x = np.divmod(change, width)
@@ -87,8 +87,8 @@ class Grid:
         between = left[:, None] * (1 - t) + right[:, None] * t > 0
         same = (between == (left > 0)[:, None]).sum(1)
         column = np.minimum(x * k + k // 2 + same, self.full_width)
-        found = np.where(x == width - 1, y + 1, y) * self.full_width + np.where(x == width - 1, 0, column)
-        ends = [np.zeros(int(signs[0]), int), found, np.full(int(signs[-1]), self.full_height * self.full_width)]
+        positions = np.where(x == width - 1, y + 1, y) * self.full_width + np.where(x == width - 1, 0, column)
+        ends = [np.zeros(int(signs[0]), int), positions, np.full(int(signs[-1]), self.full_height * self.full_width)]
         return _without_pairs(np.concatenate(ends))
 
 
@@ -107,8 +107,8 @@ def _row_signs(values: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 def _without_pairs(positions: np.ndarray) -> np.ndarray:
     """Sorted positions that occur an odd number of times: a run of no pixel starts and ends at once."""
-    found, times = np.unique(positions, return_counts=True)
-    return found[times % 2 == 1]
+    unique, times = np.unique(positions, return_counts=True)
+    return unique[times % 2 == 1]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -15,17 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from carvana.files import UserError, atomic, nearest, resolve
+from carvana.errors import UserError, did_you_mean
+from carvana.files import atomic, resolve
 from carvana.grid import STRIDE
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Network:
-    """All that is needed to build a network again, and to prepare its pictures; stored in every checkpoint.
+class ModelConfig:
+    """All that is needed to build a network again, and to prepare its images; stored in every checkpoint.
 
-    `height`, `width`: size of the whole picture at the network. `decoder_channels`: widths from deep to fine such as
+    `height`, `width`: size of the whole image at the network. `decoder_channels`: widths from deep to fine such as
     "128,64,32,16,8", or "" for the architecture's own.
     """
 
@@ -44,28 +46,28 @@ class Network:
                 raise UserError(f"{name} is {value}, but must be a multiple of {STRIDE}; the nearest is {near}.")
 
 
-class Segmenter(nn.Module):
-    """A network with its normalisation: pictures in, logits out.
+class SegmentationModel(nn.Module):
+    """A network with its normalisation: images in, logits out.
 
-    forward: (B, h, w, 3) uint8 RGB -> (B, h, w) logits. The pictures stay bytes until they are on the device, and
+    forward: (B, h, w, 3) uint8 RGB -> (B, h, w) logits. The images stay bytes until they are on the device, and
     permuting them makes the batch channels_last, the layout in which convolutions are fastest.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.network = network
-        self.net = _build(network).to(memory_format=torch.channels_last)
+        self.config = config
+        self.net = build_network(config).to(memory_format=torch.channels_last)
         for layer in self.net.modules():
             depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
             if depthwise and (layer.stride != (1, 1) or layer.kernel_size != (3, 3)):
                 layer.forward = partial(_depthwise, layer.forward)
-        mean, std = _mean_and_std(network.encoder)
+        mean, std = _mean_and_std(config.encoder)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, h, w, 3) uint8 -> (B, h, w) logits."""
-        return self.net(pictures.permute(0, 3, 1, 2).float().sub_(self.mean).mul_(self.scale)).squeeze(1)
+        return self.net(images.permute(0, 3, 1, 2).float().sub_(self.mean).mul_(self.scale)).squeeze(1)
 
 
 def _depthwise(convolve: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -80,30 +82,31 @@ def _depthwise(convolve: Callable, x: torch.Tensor) -> torch.Tensor:
         return convolve(x.float()).to(x.dtype)
 
 
-def _build(network: Network) -> nn.Module:
-    check_names(network)
-    if network.arch == "classic_unet":
+def build_network(config: ModelConfig) -> nn.Module:
+    """The network alone, with random weights: (B, 3, H, W) -> (B, 1, H, W) logits."""
+    check_names(config)
+    if config.arch == "classic_unet":
         return ClassicUNet()
-    options = {"decoder_channels": _channels(network.decoder_channels)} if network.decoder_channels else {}
+    options = {"decoder_channels": _channels(config.decoder_channels)} if config.decoder_channels else {}
     try:
-        return smp.create_model(network.arch, network.encoder, encoder_weights=None, classes=1, **options)
+        return smp.create_model(config.arch, config.encoder, encoder_weights=None, classes=1, **options)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"arch {network.arch} with encoder {network.encoder} cannot be built: {error}") from error
+        raise UserError(f"arch {config.arch} with encoder {config.encoder} cannot be built: {error}") from error
 
 
-def check_names(network: Network) -> None:
+def check_names(config: ModelConfig) -> None:
     """UserError, with the nearest name, for an architecture, encoder or widths that nobody knows."""
     archs = ["classic_unet", *smp.MODEL_ARCHITECTURES_MAPPING]
-    if network.arch.lower() not in archs:
-        hint = nearest(network.arch, archs)
-        raise UserError(f'arch "{network.arch}" is unknown{hint} Choose from: {", ".join(archs)}.')
-    if network.arch == "classic_unet":
+    if config.arch.lower() not in archs:
+        hint = did_you_mean(config.arch, archs)
+        raise UserError(f'arch "{config.arch}" is unknown{hint} Choose from: {", ".join(archs)}.')
+    if config.arch == "classic_unet":
         return
-    _channels(network.decoder_channels or "1")
+    _channels(config.decoder_channels or "1")
     encoders = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
-    if network.encoder not in encoders:
-        hint = nearest(network.encoder, encoders)
-        raise UserError(f'encoder "{network.encoder}" is unknown{hint} Any of smp, or tu-NAME for any of timm.')
+    if config.encoder not in encoders:
+        hint = did_you_mean(config.encoder, encoders)
+        raise UserError(f'encoder "{config.encoder}" is unknown{hint} Any of smp, or tu-NAME for any of timm.')
 
 
 def _channels(text: str) -> tuple[int, ...]:
@@ -116,11 +119,11 @@ def _channels(text: str) -> tuple[int, ...]:
 def _mean_and_std(encoder: str) -> tuple[tuple, tuple]:
     """The input scaling that the encoder's ImageNet weights were trained with, as timm knows it (no network needed)."""
     name = encoder.removeprefix("timm-").removeprefix("tu-")
-    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return (known.mean, known.std) if known else IMAGENET
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return (config.mean, config.std) if config else IMAGENET
 
 
-def load_encoder(model: Segmenter, weights: str | Path | None) -> str:
+def load_encoder(model: SegmentationModel, weights: str | Path | None) -> str:
     """Load encoder weights into `model`: "imagenet" (from the hub), a .safetensors or .pth path, or "" for none.
 
     Names may be those of smp or of timm. Returns a sentence with how many tensors matched; none is an error.
@@ -129,37 +132,38 @@ def load_encoder(model: Segmenter, weights: str | Path | None) -> str:
         return "Encoder weights: random."
     encoder = model.net.encoder
     state = encoder.state_dict()
-    found = _hub_weights(model.network.encoder) if weights == "imagenet" else _read_weights(resolve(weights))
-    matched = {own: found[name] for own in state if (name := _counterpart(own, state[own], found))}
-    learnt = [name for name in state if not name.endswith("num_batches_tracked")]
-    n_matched = sum(name in matched for name in learnt)
+    name = model.config.encoder
+    given = _hub_weights(name) if weights == "imagenet" else _read_weights(resolve(weights))
+    matched = {key: given[source] for key in state if (source := _counterpart(key, state[key], given))}
+    learnt = [key for key in state if not key.endswith("num_batches_tracked")]
+    n_matched = sum(key in matched for key in learnt)
     if not n_matched:
-        raise UserError(f"encoder_weights {weights}: none of its {len(found)} tensors fits {model.network.encoder}.")
+        raise UserError(f"encoder_weights {weights}: none of its {len(given)} tensors fits {name}.")
     encoder.load_state_dict(state | matched)
     return f"Encoder weights: {n_matched} of {len(learnt)} tensors matched in {weights}."
 
 
-def check_weights(network: Network, weights: str) -> None:
+def check_weights(config: ModelConfig, weights: str) -> None:
     """UserError where `weights` cannot be meant: a file that is not there, or any for a network without an encoder."""
-    if weights and network.arch == "classic_unet":
+    if weights and config.arch == "classic_unet":
         raise UserError(f'encoder_weights is "{weights}", but classic_unet has no encoder to load. Set it to "".')
     if weights not in ("", "imagenet") and not resolve(weights).is_file():
         kinds = 'Give a .safetensors or .pth file, "imagenet" or "".'
         raise UserError(f"encoder_weights {resolve(weights)} does not exist. {kinds}")
 
 
-def _counterpart(own: str, tensor: torch.Tensor, found: dict[str, torch.Tensor]) -> str | None:
-    """The name in a file for the encoder's tensor `own`: smp's timm encoders put "model." before timm's names."""
-    names = (own, own.removeprefix("model."), f"encoder.{own}", f"net.encoder.{own}")
-    return next((name for name in names if name in found and found[name].shape == tensor.shape), None)
+def _counterpart(key: str, tensor: torch.Tensor, given: dict[str, torch.Tensor]) -> str | None:
+    """The name in a file for the encoder's tensor `key`: smp's timm encoders put "model." before timm's names."""
+    names = (key, key.removeprefix("model."), f"encoder.{key}", f"net.encoder.{key}")
+    return next((name for name in names if name in given and given[name].shape == tensor.shape), None)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"encoder_weights {path} cannot be read: {str(error).splitlines()[0]}") from error
-    return found.get("state_dict", found)
+    return weights.get("state_dict", weights)
 
 
 def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
@@ -179,19 +183,19 @@ def _repository(encoder: str) -> str:
     return smp.encoders.encoders[encoder]["pretrained_settings"]["imagenet"]["repo_id"]
 
 
-def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: Network, **facts) -> None:
-    """Write weights as safetensors, with the network's description and `facts` (JSON-like) in the metadata."""
-    metadata = {"network": json.dumps(asdict(network)), "facts": json.dumps(facts)}
+def save_checkpoint(path: Path, state: dict[str, torch.Tensor], config: ModelConfig, **facts: Any) -> None:
+    """Write weights as safetensors, with the network's configuration and `facts` (JSON-like) in the metadata."""
+    metadata = {"network": json.dumps(asdict(config)), "facts": json.dumps(facts)}
     with atomic(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in state.items()}, metadata))
 
 
-def load_checkpoint(path: Path) -> tuple[Segmenter, dict]:
+def load_checkpoint(path: Path) -> tuple[SegmentationModel, dict[str, Any]]:
     """The network of a checkpoint, on the CPU in evaluation mode, and the facts stored with it."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        model = Segmenter(Network(**json.loads(metadata["network"])))
+        model = SegmentationModel(ModelConfig(**json.loads(metadata["network"])))
         model.load_state_dict(load_file(path))
         return model.eval(), json.loads(metadata["facts"])
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:

@@ -3,10 +3,33 @@
 Text of `start length` pairs; pixels are numbered from 1, row by row, runs go on over row ends, sorted, no overlap.
 """
 
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
+
+FAULTS = {
+    "integer": "run lengths must be whole numbers",
+    "odd": "run lengths must be pairs of start and length",
+    "positive": "starts and lengths must be 1 or more",
+    "outside": "runs end outside the image",
+    "order": "runs overlap or are not sorted",
+}
 
 
-def encode(mask: np.ndarray) -> str:
+class Fault(NamedTuple):
+    """What is wrong with run lengths: a key of `FAULTS` and where it shows first."""
+
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{FAULTS[self.kind]} ({self.detail})"
+
+
+def encode(mask: NDArray[Any]) -> str:
     """Run lengths of a mask.
 
     mask: (H, W) bool or any numbers, car where not zero. Returns "" for an empty mask.
@@ -14,7 +37,7 @@ def encode(mask: np.ndarray) -> str:
     return from_edges(edges(np.asarray(mask, dtype=bool)))
 
 
-def edges(mask: np.ndarray) -> np.ndarray:
+def edges(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Sorted flat positions (from 0) where a run of a mask (H, W) bool starts or has ended; an even number of them."""
     flat = mask.reshape(-1)
     inner = np.flatnonzero(flat[1:] != flat[:-1]) + 1
@@ -22,39 +45,77 @@ def edges(mask: np.ndarray) -> np.ndarray:
     return np.concatenate([first, inner, last])
 
 
-def from_edges(positions: np.ndarray) -> str:
+def from_edges(positions: NDArray[np.int64]) -> str:
     """Run lengths from what `edges` returns."""
     pairs = positions.reshape(-1, 2)
-    values = np.stack([pairs[:, 0] + 1, pairs[:, 1] - pairs[:, 0]], axis=1).reshape(-1).tolist()
-    return ("%d " * len(values) % tuple(values))[:-1]
+    numbers = np.stack([pairs[:, 0] + 1, pairs[:, 1] - pairs[:, 0]], axis=1).reshape(-1).tolist()
+    return ("%d " * len(numbers) % tuple(numbers))[:-1]
 
 
-def parse(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Starts (from 1) and lengths, (n,) int64 each. ValueError where the text is not pairs of whole numbers."""
-    try:
-        values = np.fromstring(text, dtype=np.int64, sep=" ")  # 4 times as fast as splitting
-        if values.size != text.count(" ") + bool(text):  # further white space, or what an old numpy leaves unread
-            values = np.array(text.split(), dtype=np.int64)
-    except (ValueError, OverflowError) as error:
-        raise ValueError("run lengths must be whole numbers") from error
-    if values.size % 2:
-        raise ValueError(f"run lengths must be pairs, found {values.size} numbers")
-    return values[::2], values[1::2]
+def parse(text: bytes) -> NDArray[np.int64]:
+    """The whole numbers of a text, (n,) int64, huge ones as the largest int64; ValueError names what is none."""
+    if text.translate(None, b"0123456789 "):
+        tokens = text.split()
+        if wrong := next((token for token in tokens if not re.fullmatch(rb"-?\d+", token)), None):
+            raise ValueError(f"{wrong.decode('utf-8', 'replace')[:30]!r} is not a whole number")
+        text = b" ".join(tokens)
+    text = text.strip()
+    return np.fromstring(text, np.int64, sep=" ") if text else np.empty(0, np.int64)  # 4 times as fast as split
 
 
-def decode(text: str, height: int = 1280, width: int = 1918) -> np.ndarray:
+def faults(numbers: NDArray[np.int64], size: int) -> Iterator[Fault]:
+    """What is wrong with starts and lengths in turn, (n,) int64, in an image of `size` pixels."""
+    if numbers.size % 2:
+        yield Fault("odd", f"{numbers.size} values")
+    starts, lengths = numbers[: numbers.size // 2 * 2 : 2], numbers[1::2]
+    checks = {
+        "positive": (starts < 1) | (lengths < 1),
+        "outside": (starts > size) | (lengths > size - starts + 1),
+        "order": starts[1:] < (starts + lengths)[:-1],
+    }
+    for kind, wrong in checks.items():
+        if wrong.any():
+            at = int(wrong.argmax()) + (kind == "order")  # of two that overlap, the later one
+            yield Fault(kind, f"run {starts[at]} {lengths[at]}")
+
+
+def decode(text: str, height: int = 1280, width: int = 1918) -> NDArray[np.bool_]:
     """Mask of a run-length text, (height, width) bool.
 
-    ValueError where runs are not pairs of whole numbers above 0, sorted, without overlap and inside the picture.
+    ValueError where runs are not pairs of whole numbers above 0, sorted, without overlap and inside the image.
     """
-    starts, lengths = parse(text)
-    edges = np.stack([starts - 1, starts - 1 + lengths], axis=1).reshape(-1)
-    gaps = np.diff(edges, prepend=0, append=height * width)
-    if (lengths < 1).any() or (gaps < 0).any():
+    try:
+        numbers = parse(text.encode())
+    except ValueError as error:
+        raise ValueError(FAULTS["integer"]) from error
+    if fault := next(faults(numbers, height * width), None):
+        if fault.kind == "odd":
+            raise ValueError(f"run lengths must be pairs, found {numbers.size} numbers")
         raise ValueError(f"runs must be sorted, without overlap and inside {height}x{width} pixels")
+    gaps = np.diff(_run_edges(numbers), prepend=0, append=height * width)
     return np.repeat(np.arange(gaps.size) % 2 == 1, gaps).reshape(height, width)
 
 
-def area(text: str) -> int:
-    """Number of masked pixels of a run-length text."""
-    return int(parse(text)[1].sum())
+def overlap(a_text: str, b_text: str) -> tuple[int, int, int]:
+    """Pixels in both masks, in the first, in the second. ValueError where runs are not sorted pairs without overlap."""
+    a, b = _checked_edges(a_text), _checked_edges(b_text)
+    covered = np.cumsum(np.diff(b, prepend=0) * (np.arange(b.size) % 2))  # masked pixels of b before each of its edges
+    areas = int((a[1::2] - a[::2]).sum()), int((b[1::2] - b[::2]).sum())
+    if not all(areas):
+        return 0, *areas
+    until = np.interp(a, b, covered)  # exact: slopes are 0 and 1, and pixel numbers fit a float
+    return int((until[1::2] - until[::2]).sum()), *areas
+
+
+def _checked_edges(text: str) -> NDArray[np.int64]:
+    numbers = parse(text.encode())
+    if fault := next(faults(numbers, 1 << 40), None):  # of how large an image is not known
+        raise ValueError(str(fault))
+    return _run_edges(numbers)
+
+
+def _run_edges(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What `edges` returns of the mask, from its starts and lengths in turn."""
+    positions = numbers - 1
+    positions[1::2] += numbers[::2]
+    return positions

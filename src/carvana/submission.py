@@ -1,4 +1,4 @@
-"""The submission file: put together from parts, checked as the competition would, scored where the truth is known.
+"""The submission file: put together from shards, checked as the competition would, scored where the truth is known.
 
 Everything streams: a full submission is a gigabyte of text, and no function here holds more than a few rows of it.
 """
@@ -11,36 +11,41 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 
-from carvana import metrics
-from carvana.files import BROKEN, UserError, atomic
+from carvana import metrics, rle
+from carvana.errors import UserError
+from carvana.files import UNREADABLE, atomic
 
 HEADER = [b"img", b"rle_mask"]
 QUOTED = re.compile(rb'"([^",]*)"(?=,|$)')
 LEVEL = 4  # gzip, 100064 masks of 12 KB: 28 s and 494 MB; level 1 takes 15 s and 524 MB, level 6 117 s and 473 MB
 EXAMPLES = 3  # offending rows that a problem names
-SMALL, LARGE = 0.01, 0.80  # shares of the picture outside which a mask deserves a look
+SMALL, LARGE = 0.01, 0.80  # shares of the image outside which a mask deserves a look
 
-MEANING = {
+MEANING = rle.FAULTS | {
     "unreadable": "the file cannot be read to its end",
     "header": "the first line must be img,rle_mask",
     "columns": "a row must have two columns, name and run lengths",
     "missing": "names of the sample are missing",
     "extra": "names are not in the sample",
     "duplicate": "names stand there more than once",
-    "odd": "run lengths must be pairs of start and length",
-    "integer": "run lengths must be whole numbers",
-    "positive": "starts and lengths must be 1 or more",
-    "outside": "runs end outside the picture",
-    "order": "runs overlap or are not sorted",
-    "small": f"less than {SMALL:.0%} of the picture is masked",
-    "large": f"more than {LARGE:.0%} of the picture is masked",
+    "small": f"less than {SMALL:.0%} of the image is masked",
+    "large": f"more than {LARGE:.0%} of the image is masked",
 }
 WARNINGS = ("small", "large")  # the kinds that do not make a file invalid
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a submission must contain: the names of a csv in its form, or of a list, and masks of height x width."""
+
+    sample: str | Path | list[str]
+    height: int = 1280
+    width: int = 1918
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Problem:
 
 @dataclass
 class Validation:
-    """What `validate` found. mean_area: share of the picture, 0..1, over the rows without a fault."""
+    """What `validate` says of a file. mean_area: share of the image, 0..1, over the rows without a fault."""
 
     path: str
     rows: int
@@ -75,38 +80,44 @@ class Validation:
         """The lines that the command line prints; the last one is the verdict."""
         verdict = "valid" if self.ok else f"not valid, {len(self.problems)} kind(s) of problems"
         return [
-            f"{self.path}: {self.rows} rows, {self.mean_area:.2%} of the picture masked on average",
+            f"{self.path}: {self.rows} rows, {self.mean_area:.2%} of the image masked on average",
             *(f"problem: {problem}" for problem in self.problems),
             *(f"warning: {warning}" for warning in self.warnings),
             f"{self.path}: {verdict}",
         ]
 
 
-def assemble(parts: list[Path], names: list[str], path: Path) -> None:
-    """Write `parts`, CSV files that are consecutive slices of `names`, as one .gz or .zip; equal rows, equal bytes."""
+def assemble(shards: list[Path], names: list[str], path: Path) -> None:
+    """Write `shards`, CSV files that are consecutive slices of `names`, as one .gz or .zip; equal rows, equal bytes."""
     path = Path(path)
     if path.suffix.lower() not in (".gz", ".zip"):
         raise UserError(f"{path}: a submission is written compressed. Let its name end with .csv.gz or .zip.")
     with atomic(path) as file, _compressed(file, path) as out:
         out.write(b",".join(HEADER) + b"\n")
-        out.writelines(b"%s,%s\n" % (name.encode(), text) for name, text in _in_order(parts, names))
+        out.writelines(b"%s,%s\n" % (record.name.encode(), record.runs) for record in _in_order(shards, names))
 
 
-def _in_order(parts: Iterable[Path], names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+class _Record(NamedTuple):
+    line: int  # from 1
+    name: str
+    runs: bytes
+
+
+def _in_order(shards: Iterable[Path], names: Iterable[str]) -> Iterator[_Record]:
     expected = iter(names)
-    for part in parts:
-        for number, name, text in _records(part):
+    for shard in shards:
+        for record in _records(shard):
             wanted = next(expected, "nothing")
-            if name != wanted:
-                place = f"{part}, line {number}"
-                raise UserError(f"{place}: expected {wanted}, found {name}. Delete the part and predict again.")
-            yield name, text
+            if record.name != wanted:
+                place = f"{shard}, line {record.line}"
+                raise UserError(f"{place}: expected {wanted}, found {record.name}. Delete the shard and predict again.")
+            yield record
     if left := next(expected, None):
-        raise UserError(f"{left} and {sum(1 for _ in expected)} more pictures are in no part. Predict them first.")
+        raise UserError(f"{left} and {sum(1 for _ in expected)} more images are in no shard. Predict them first.")
 
 
 @contextlib.contextmanager
-def _compressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+def _compressed(file: BinaryIO, path: Path) -> Iterator[gzip.GzipFile | IO[bytes]]:
     """Neither time nor file name goes into the archive, so equal rows give equal bytes."""
     if path.suffix.lower() == ".gz":
         with gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as out:
@@ -118,36 +129,34 @@ def _compressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
         yield out
 
 
-def validate(path: str | Path, sample: str | Path | list[str], height: int = 1280, width: int = 1918) -> Validation:
-    """Check a submission (plain, .gz or .zip) against the names wanted and pictures of (height, width) pixels.
-
-    sample: a csv in the submission's form, or the names themselves.
+def validate(path: str | Path, expected: Expected) -> Validation:
+    """Check a submission (plain, .gz or .zip) against what it must contain.
 
     All faults are collected in one pass. UserError only where the sample cannot be used.
     """
-    names = sample if isinstance(sample, list) else (name for _, name, _ in _records(sample))
-    seen = dict.fromkeys(names, False)
-    found, shares, rows, size = _Findings(), [], 0, height * width
+    sample, size = expected.sample, expected.height * expected.width
+    names = sample if isinstance(sample, list) else (record.name for record in _records(sample))
+    seen, problems, shares, rows = dict.fromkeys(names, False), _Problems(), [], 0
     try:
-        for rows, (number, fields) in enumerate(_body(path, seen, found), 1):  # noqa: B007 (its last value is used)
+        for rows, (number, fields) in enumerate(_body(path, seen, problems), 1):  # noqa: B007 (its last value is used)
             name = _text(fields[0])
             place = f"line {number} ({name})"
             if seen.get(name, True):
-                found.add("duplicate" if name in seen else "extra", place)
+                problems.add("duplicate" if name in seen else "extra", place)
             seen[name] = True
-            if (area := _check_row(fields, place, size, found)) is not None:
+            if (area := _check_row(fields, place, size, problems)) is not None:
                 shares.append(area / size)
                 if not SMALL <= shares[-1] <= LARGE:
-                    found.add("small" if shares[-1] < SMALL else "large", f"{place}: {shares[-1]:.2%}")
+                    problems.add("small" if shares[-1] < SMALL else "large", f"{place}: {shares[-1]:.2%}")
         for name in (name for name, done in seen.items() if not done):
-            found.add("missing", name)
+            problems.add("missing", name)
     except UserError as error:  # the names after the break cannot be judged
-        found.add("unreadable", str(error))
-    warnings = [found.pop(kind) for kind in WARNINGS if kind in found]
-    return Validation(str(path), rows, list(found.values()), warnings, sum(shares) / max(1, len(shares)))
+        problems.add("unreadable", str(error))
+    warnings = [problems.pop(kind) for kind in WARNINGS if kind in problems]
+    return Validation(str(path), rows, [*problems.values()], warnings, sum(shares) / max(1, len(shares)))
 
 
-class _Findings(dict):
+class _Problems(dict[str, Problem]):
     """Kind -> Problem, in the order of discovery."""
 
     def add(self, kind: str, place: str) -> None:
@@ -157,47 +166,33 @@ class _Findings(dict):
             problem.examples.append(place)
 
 
-def _body(path: str | Path, names: dict, found: _Findings) -> Iterator[tuple[int, list[bytes]]]:
+def _body(path: str | Path, names: dict[str, bool], problems: _Problems) -> Iterator[tuple[int, list[bytes]]]:
     """Rows under the header; where the header was forgotten, the first row too."""
     table = _table(path)
     number, fields = next(table, (1, [b""]))
     if fields != HEADER:
-        found.add("header", f"line {number}: {_text(b','.join(fields))[:60]!r}")
+        problems.add("header", f"line {number}: {_text(b','.join(fields))[:60]!r}")
         if _text(fields[0]) in names:
             yield number, fields
     yield from table
 
 
-def _check_row(fields: list[bytes], place: str, size: int, found: _Findings) -> int | None:
-    """Masked pixels of a row; None where something is wrong with it, which goes to `found`."""
+def _check_row(fields: list[bytes], place: str, size: int, problems: _Problems) -> int | None:
+    """Masked pixels of a row; None where something is wrong with it, which goes to `problems`."""
     if len(fields) != 2:
-        return found.add("columns", f"{place}: {len(fields)} columns")
+        problems.add("columns", f"{place}: {len(fields)} columns")
+        return None
+    numbers, faults = np.empty(0, np.int64), []
     try:
-        values = _numbers(fields[1])
+        numbers = rle.parse(fields[1])
+        faults = list(rle.faults(numbers, size))
     except ValueError as error:
-        odd = [("odd", f"{count} values")] if (count := len(fields[1].split())) % 2 else []
-        faults = [*odd, ("integer", str(error))]
-    else:
-        faults = list(_faults(values, size))
-    for kind, detail in faults:
-        found.add(kind, f"{place}: {detail}")
-    return None if faults else int(values[1::2].sum())
-
-
-def _faults(values: np.ndarray, size: int) -> Iterator[tuple[str, str]]:
-    """Kind and detail of what is wrong with run lengths, (n,) int64, in a picture of `size` pixels."""
-    if values.size % 2:
-        yield "odd", f"{values.size} values"
-    starts, lengths = values[: values.size // 2 * 2 : 2], values[1::2]
-    checks = {
-        "positive": (starts < 1) | (lengths < 1),
-        "outside": (starts > size) | (lengths > size - starts + 1),
-        "order": starts[1:] < (starts + lengths)[:-1],
-    }
-    for kind, wrong in checks.items():
-        if wrong.any():
-            at = int(wrong.argmax()) + (kind == "order")  # of two that overlap, the later one
-            yield kind, f"run {starts[at]} {lengths[at]}"
+        if (count := len(fields[1].split())) % 2:
+            faults = [rle.Fault("odd", f"{count} values")]
+        faults.append(rle.Fault("integer", str(error)))
+    for fault in faults:
+        problems.add(fault.kind, f"{place}: {fault.detail}")
+    return None if faults else int(numbers[1::2].sum())
 
 
 def score(path: str | Path, truth: str | Path) -> pd.DataFrame:
@@ -205,70 +200,43 @@ def score(path: str | Path, truth: str | Path) -> pd.DataFrame:
 
     Works on run lengths alone. UserError where names differ from the truth's or a row is broken.
     """
-    rows = []
-    for place, name, ours, theirs in _matched(path, truth):
+    names, counts = [], []
+    for record, true in _matched(path, truth):
         try:
-            common, a, b = overlap(_text(ours), _text(theirs))
+            counts.append(rle.overlap(_text(record.runs), _text(true)))
         except ValueError as error:
-            raise UserError(f"{place} ({name}): {error}. `carvana validate` shows all such rows.") from error
-        rows.append((name, float(metrics.dice(common, a, b)), float(metrics.iou(common, a, b))))
-    return pd.DataFrame(rows, columns=["img", "dice", "iou"])
+            place = f"{path}, line {record.line} ({record.name})"
+            raise UserError(f"{place}: {error}. `carvana validate` shows all such rows.") from error
+        names.append(record.name)
+    pixels = metrics.PixelCounts(*np.array(counts, np.int64).reshape(-1, 3).T)
+    return pd.DataFrame({"img": names, "dice": metrics.dice(pixels), "iou": metrics.iou(pixels)})
 
 
-def overlap(a_text: str, b_text: str) -> tuple[int, int, int]:
-    """Pixels in both masks, in the first, in the second. ValueError where runs are not sorted pairs without overlap."""
-    a, b = _edges(a_text), _edges(b_text)
-    covered = np.cumsum(np.diff(b, prepend=0) * (np.arange(b.size) % 2))  # masked pixels of b before each of its edges
-    areas = int((a[1::2] - a[::2]).sum()), int((b[1::2] - b[::2]).sum())
-    if not all(areas):
-        return 0, *areas
-    until = np.interp(a, b, covered)  # exact: slopes are 0 and 1, and pixel numbers fit a float
-    return int((until[1::2] - until[::2]).sum()), *areas
-
-
-def _edges(text: str) -> np.ndarray:
-    """Where runs start and have ended, (2n,) int64, from 0."""
-    values = _numbers(text.encode())
-    if fault := next(_faults(values, 1 << 40), None):
-        raise ValueError(f"{MEANING[fault[0]]} ({fault[1]})")
-    return np.stack([values[::2] - 1, values[::2] - 1 + values[1::2]], axis=1).reshape(-1)
-
-
-def _matched(path: str | Path, truth: str | Path) -> Iterator[tuple[str, str, bytes, bytes]]:
-    """Rows with the same name; where both files have the same order, no more than one row of the truth is held."""
-    ahead, rest, extra = {}, _records(truth), []
-    for number, name, ours in _records(path):
-        while name not in ahead and (row := next(rest, None)):
-            ahead[row[1]] = row[2]
-        if name in ahead:
-            yield f"{path}, line {number}", name, ours, ahead.pop(name)
+def _matched(path: str | Path, truth: str | Path) -> Iterator[tuple[_Record, bytes]]:
+    """Rows with the true run lengths; where both files have the same order, no more than one of the truth is held."""
+    ahead: dict[str, bytes] = {}
+    true, extra = _records(truth), []
+    for record in _records(path):
+        while record.name not in ahead and (other := next(true, None)):
+            ahead[other.name] = other.runs
+        if record.name in ahead:
+            yield record, ahead.pop(record.name)
         else:
-            extra.append(name)
-    missing = [*ahead, *(name for _, name, _ in rest)]
+            extra.append(record.name)
+    missing = [*ahead, *(record.name for record in true)]
     for what, names in (("missing", missing), ("not in the truth, or twice", extra)):
         if names:
-            listed = ", ".join(names[:EXAMPLES])
-            raise UserError(f"{path}: {len(names)} names of {truth} are {what}: {listed}. Score the same pictures.")
+            first = ", ".join(names[:EXAMPLES])
+            raise UserError(f"{path}: {len(names)} names of {truth} are {what}: {first}. Score the same images.")
 
 
-def _numbers(text: bytes) -> np.ndarray:
-    """The whole numbers of a text, (n,) int64, huge ones as the largest int64; ValueError names what is none."""
-    if text.translate(None, b"0123456789 "):
-        tokens = text.split()
-        if wrong := next((token for token in tokens if not re.fullmatch(rb"-?\d+", token)), None):
-            raise ValueError(f"{_text(wrong)[:30]!r} is not a whole number")
-        text = b" ".join(tokens)
-    text = text.strip()
-    return np.fromstring(text, np.int64, sep=" ") if text else np.empty(0, np.int64)  # 4 times as fast as split
-
-
-def _records(path: str | Path) -> Iterator[tuple[int, str, bytes]]:
-    """Line number, name and run lengths of each row; UserError unless every row has the two columns of the header."""
+def _records(path: str | Path) -> Iterator[_Record]:
+    """Each row; UserError unless every one has the two columns of the header."""
     for number, fields in _table(path):
         if len(fields) != 2 or (number == 1 and fields != HEADER):
             raise UserError(f"{path}, line {number}: two columns, img,rle_mask, are expected. Write the file again.")
         if number > 1:
-            yield number, _text(fields[0]), fields[1]
+            yield _Record(number, _text(fields[0]), fields[1])
 
 
 def _table(path: str | Path) -> Iterator[tuple[int, list[bytes]]]:
@@ -280,21 +248,22 @@ def _table(path: str | Path) -> Iterator[tuple[int, list[bytes]]]:
             for number, line in enumerate(file, 1):
                 if line := line.rstrip(b"\r\n"):
                     yield number, QUOTED.sub(rb"\1", line).split(b",") if b'"' in line else line.split(b",")
-    except BROKEN as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}. Write or download it again.") from error
 
 
 def _open(path: Path) -> io.BufferedReader:
-    reader = {".gz": gzip.open, ".zip": _member}.get(path.suffix.lower(), Path.open)
-    return io.BufferedReader(reader(path, "rb"), 1 << 20)
+    if path.suffix.lower() == ".gz":
+        return io.BufferedReader(gzip.open(path), 1 << 20)
+    return io.BufferedReader(_member(path) if path.suffix.lower() == ".zip" else path.open("rb", 0), 1 << 20)
 
 
-def _member(path: Path, mode: str) -> BinaryIO:
-    archive = zipfile.ZipFile(path, mode[0])
+def _member(path: Path) -> zipfile.ZipExtFile:
+    archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
     if len(names) != 1:
         raise zipfile.BadZipFile(f"one CSV is expected inside, found {len(names)} files")
-    return archive.open(names[0])
+    return cast(zipfile.ZipExtFile, archive.open(names[0]))
 
 
 def _text(text: bytes) -> str:

@@ -2,53 +2,52 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from carvana.data import competition as photos
 from carvana.data import dataset
+from carvana.data.competition import Competition
 
 
 @pytest.fixture(scope="module")
 def source(shared_competition):
-    pictures = photos.index(shared_competition)
-    return dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, 96, 128)
+    competition = Competition(shared_competition)
+    return dataset.DecodedSamples(competition.train_images, competition.samples, 96, 128)
 
 
 def test_cache_holds_what_decoding_gives(source, tmp_path):
     cached = dataset.cached(source, tmp_path)
-    assert isinstance(cached, dataset.Cached)
+    assert isinstance(cached, dataset.CachedSamples)
     for i in (0, 7, 15):
-        for made, expected in zip(cached[i], source[i], strict=True):
-            assert np.array_equal(made, expected)
+        for actual, expected in zip(cached[i], source[i], strict=True):
+            assert np.array_equal(actual, expected)
 
 
 def test_cache_is_built_once_and_anew_for_another_size(source, tmp_path):
     first = dataset.cached(source, tmp_path).path
     built = first.stat().st_mtime_ns
     assert dataset.cached(source, tmp_path).path.stat().st_mtime_ns == built
-    other = dataset.Decoded(source.photos, photos.index(source.photos.path.parent), 64, 96)
+    other = dataset.DecodedSamples(source.images, Competition(source.images.path.parent).samples, 64, 96)
     assert dataset.cached(other, tmp_path).path != first
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def training(source, **changes):
-    options = {"hflip": 0.5, "crop_height": 0, "crop_width": 0, "brightness": 0.2, "contrast": 0.2}
-    options |= {"scale": 0.1, "shift": 0.05, "rotate": 5.0} | changes
-    return dataset.TrainingPictures(source, np.arange(16), dataset.augmentation(**options), seed=1)
+    options = {"hflip": 0.5, "brightness": 0.2, "contrast": 0.2, "scale": 0.1, "shift": 0.05, "rotate": 5.0} | changes
+    return dataset.TrainDataset(source, np.arange(16), dataset.Augmentation(**options).compose(), seed=1)
 
 
-def test_same_key_same_picture_whatever_came_before(source):
-    pictures = training(source)
-    first = pictures[2, 5][0].numpy()
+def test_same_key_same_image_whatever_came_before(source):
+    samples = training(source)
+    first = samples[2, 5][0].numpy()
     assert np.array_equal(training(source)[2, 5][0].numpy(), first)
-    assert np.array_equal(pictures[2, 5][0].numpy(), first)
+    assert np.array_equal(samples[2, 5][0].numpy(), first)
 
 
-def test_random_states_never_repeat_over_epochs_and_pictures(source):
+def test_random_states_never_repeat_over_epochs_and_samples(source):
     plain = training(source, hflip=0.0, scale=0.0, shift=0.0, rotate=0.0)
     changes = {float(plain[epoch, 0][0].float().mean()) for epoch in range(40)}
-    assert len(changes) > 15  # half of the pictures keep their brightness
+    assert len(changes) > 15  # half of the samples keep their brightness
 
 
-def test_workers_do_not_change_the_pictures(source):
+def test_workers_do_not_change_the_samples(source):
     keys = dataset.batches(16, 4, 1, 2, 1)
     loaded = [
         [rows.tolist() + batch.flatten().tolist()[:50] for batch, _, rows in
@@ -58,16 +57,16 @@ def test_workers_do_not_change_the_pictures(source):
     assert loaded[0] == loaded[1]
 
 
-def test_flip_turns_picture_and_target_together(source):
+def test_flip_turns_image_and_target_together(source):
     still = {"brightness": 0.0, "contrast": 0.0, "scale": 0.0, "shift": 0.0, "rotate": 0.0}
     plain, flipped = training(source, hflip=0.0, **still), training(source, hflip=1.0, **still)
-    for made, expected in zip(flipped[0, 3][:2], plain[0, 3][:2], strict=True):
-        assert np.array_equal(made.numpy(), expected.numpy()[:, ::-1])
+    for actual, expected in zip(flipped[0, 3][:2], plain[0, 3][:2], strict=True):
+        assert np.array_equal(actual.numpy(), expected.numpy()[:, ::-1])
 
 
-def test_crops_have_their_size_and_pad_where_the_picture_is_smaller(source):
-    picture, target, _ = training(source, crop_height=64, crop_width=160)[0, 0]
-    assert picture.shape == (64, 160, 3)
+def test_crops_have_their_size_and_pad_where_the_image_is_smaller(source):
+    image, target, _ = training(source, crop_height=64, crop_width=160)[0, 0]
+    assert image.shape == (64, 160, 3)
     assert target.shape == (64, 160)
 
 
@@ -77,7 +76,7 @@ def test_targets_stay_soft_and_in_range_under_all_augmentations(source):
     assert max(len(np.unique(target)) for target in targets) > 10
 
 
-def test_batches_use_every_picture_once_an_epoch_in_another_order():
+def test_batches_use_every_image_once_an_epoch_in_another_order():
     keys = dataset.batches(8, 4, 1, 2, 1)
     epochs = [[i for batch in keys for epoch, i in batch if epoch == wanted] for wanted in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(8))

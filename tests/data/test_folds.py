@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carvana.data.folds import HOLDOUT, folds_of_run, make_folds
-from carvana.files import UserError
+from carvana.data.folds import HOLDOUT, make_folds
+from carvana.errors import UserError
 
 
 def table(areas, views=4):
@@ -29,15 +29,15 @@ def test_every_car_has_one_fold_and_folds_hold_as_many_cars(areas, n_folds, hold
 
 
 def test_folds_have_about_the_same_area():
-    pictures = table([0.1 + 0.01 * car for car in range(30)])
-    merged = pictures.merge(make_folds(pictures, 3, 0, 1))
+    samples = table([0.1 + 0.01 * car for car in range(30)])
+    merged = samples.merge(make_folds(samples, 3, 0, 1))
     means = merged.groupby("fold")["area"].mean()
     assert means.max() - means.min() < 0.02
 
 
 def test_cars_with_many_views_are_spread():
-    pictures = pd.concat([table([0.1] * 6, views=16), table([0.2] * 2, views=2).replace("^0", "9", regex=True)])
-    sizes = pictures.merge(make_folds(pictures, 2, 0, 1))["fold"].value_counts()
+    samples = pd.concat([table([0.1] * 6, views=16), table([0.2] * 2, views=2).replace("^0", "9", regex=True)])
+    sizes = samples.merge(make_folds(samples, 2, 0, 1))["fold"].value_counts()
     assert sizes.max() - sizes.min() <= 2
 
 
@@ -47,14 +47,6 @@ def test_more_folds_than_cars_are_refused():
 
 
 def test_same_seed_same_folds_and_another_seed_others():
-    pictures = table([0.1 + 0.01 * car for car in range(20)])
-    assert make_folds(pictures, 4, 2, 1).equals(make_folds(pictures, 4, 2, 1))
-    assert not make_folds(pictures, 4, 2, 1).equals(make_folds(pictures, 4, 2, 2))
-
-
-def test_a_run_keeps_its_folds_and_refuses_others(tmp_path):
-    pictures = table([0.1 + 0.01 * car for car in range(8)])
-    first = folds_of_run(tmp_path, pictures, 2, 0, 1)
-    assert folds_of_run(tmp_path, pictures, 2, 0, 1).equals(first)
-    with pytest.raises(UserError, match=r"folds.csv was made with other"):
-        folds_of_run(tmp_path, pictures, 4, 0, 1)
+    samples = table([0.1 + 0.01 * car for car in range(20)])
+    assert make_folds(samples, 4, 2, 1).equals(make_folds(samples, 4, 2, 1))
+    assert not make_folds(samples, 4, 2, 1).equals(make_folds(samples, 4, 2, 2))

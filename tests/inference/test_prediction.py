@@ -10,115 +10,106 @@ import torch
 from conftest import HEIGHT, WIDTH
 
 from carvana import rle
-from carvana.data import competition as photos
-from carvana.files import UserError
-from carvana.inference import ensemble as inference
-from carvana.inference import predict as prediction
+from carvana.data import Competition, TestSet
+from carvana.errors import UserError
+from carvana.inference import Ensemble, EnsembleSpec, Options, predict_probabilities, predict_run_lengths
+from carvana.inference.logits import BlendedLogits
 
 
-def predicted(ensemble, tests, folder, **options):
-    return prediction.predict(ensemble, tests, tests.names, folder, **{"workers": 0, "batch_size": 4} | options)
+def predicted(ensemble, images, folder, **options):
+    settings = Options(**{"workers": 0, "batch_size": 4} | options)
+    return predict_run_lengths(ensemble, TestSet(images, images.names), folder, settings)
 
 
-def test_parts_hold_a_row_for_every_photograph_and_equal_the_probabilities_cut_at_the_threshold(
-    members, tests, tmp_path
-):
-    ensemble = inference.Ensemble(members, [0.5, 0.5], ["none"])
+def equal(checkpoints, tta=("none",)):
+    return Ensemble(EnsembleSpec.equal(checkpoints, tta))
+
+
+def test_shards_hold_a_row_for_every_image_and_equal_the_probabilities_cut_at_the_threshold(members, tests, tmp_path):
+    ensemble = equal(members)
     table = predicted(ensemble, tests, tmp_path)
     assert table["img"].tolist() == tests.names
     lines = (tmp_path / "part-00000.csv").read_text().splitlines()
-    for name, line, probability in zip(
-        tests.names, lines[1:], inference.masks(ensemble, tests, tests.names), strict=True
-    ):
+    probabilities = predict_probabilities(ensemble, tests, tests.names)
+    for name, line, probability in zip(tests.names, lines[1:], probabilities, strict=True):
         assert line == f"{name},{rle.encode(probability > 0.5)}"
-    assert table["area"].iloc[0] == pytest.approx(rle.area(lines[1].split(",")[1]) / HEIGHT / WIDTH, abs=1e-6)
+    first = rle.decode(lines[1].split(",")[1], HEIGHT, WIDTH)
+    assert table["area"].iloc[0] == pytest.approx(first.mean(), abs=1e-6)
 
 
 @pytest.mark.parametrize(("slope", "width"), [(0.25, 8), (1.0, 2), (4.0, 0)])
-def test_unsure_is_the_width_of_the_band_in_which_a_network_hesitates(slope, width):
-    logits = (slope * (torch.arange(32.0) - 15.5)).repeat(24, 1)  # an upright edge between columns 15 and 16
-    assert inference.unsure([logits], 0.0) == width
-    assert inference.unsure([logits + 0.4], 0.4) == width
-    assert inference.unsure([logits.T.contiguous() / 2, logits.T.contiguous() / 2], 0.0) == width
-    assert inference.unsure([torch.zeros(24, 32) - 0.5], 0.0) == 24 * 32  # no outline
+def test_boundary_uncertainty_is_the_width_of_the_band_in_which_a_network_hesitates(slope, width):
+    logits = np.tile(np.float32(slope) * (np.arange(32, dtype=np.float32) - 15.5), (24, 1))  # an upright edge
+    half = np.ascontiguousarray(logits.T / 2)
+    assert BlendedLogits([logits]).boundary_uncertainty(0.0) == width
+    assert BlendedLogits([logits + np.float32(0.4)]).boundary_uncertainty(0.4) == width
+    assert BlendedLogits([half, half]).boundary_uncertainty(0.0) == width
+    assert BlendedLogits([np.full((24, 32), -0.5, np.float32)]).boundary_uncertainty(0.0) == 24 * 32  # no outline
 
 
-def test_a_part_from_before_unsure_was_measured_stays_valid(members, tests, tmp_path):
-    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
-    new = predicted(ensemble, tests, tmp_path)
-    assert (new["unsure"] > 0).all()
-    note = json.loads((tmp_path / "part-00000.json").read_text())
-    del note["unsure"]
-    (tmp_path / "part-00000.json").write_text(json.dumps(note))
-    before = (tmp_path / "part-00000.csv").stat().st_mtime_ns
-    old = predicted(ensemble, tests, tmp_path)
-    assert (tmp_path / "part-00000.csv").stat().st_mtime_ns == before
-    assert old["unsure"].isna().all() and old.drop(columns="unsure").equals(new.drop(columns="unsure"))
-
-
-def test_only_missing_or_damaged_parts_are_computed_again(members, tests, tmp_path):
-    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
-    predicted(ensemble, tests, tmp_path, part_size=5)
+def test_only_missing_or_damaged_shards_are_computed_again(members, tests, tmp_path):
+    ensemble = equal(members[:1])
+    predicted(ensemble, tests, tmp_path, shard_size=5)
     parts = sorted(tmp_path.glob("*.csv"))
     assert len(parts) == 4
     contents = [part.read_bytes() for part in parts]
     parts[1].unlink()
     parts[2].write_bytes(contents[2][:50])
     before = {part: part.stat().st_mtime_ns for part in (parts[0], parts[3])}
-    predicted(ensemble, tests, tmp_path, part_size=5)
+    predicted(ensemble, tests, tmp_path, shard_size=5)
     assert [part.read_bytes() for part in parts] == contents
     assert before == {part: part.stat().st_mtime_ns for part in before}
 
 
-def test_another_member_view_or_threshold_starts_anew(members, tests, tmp_path):
-    made = []
-    for paths, views, threshold in ((members[:1], ["none"], 0.5), (members[1:], ["none"], 0.5),
-                                    (members[1:], ["hflip"], 0.5), (members[1:], ["hflip"], 0.45)):  # fmt: skip
-        predicted(inference.Ensemble(paths, [1.0], views, threshold), tests, tmp_path)
-        made.append(json.loads((tmp_path / "part-00000.json").read_text())["key"])
-    assert len(set(made)) == 4
+def test_another_member_tta_or_threshold_starts_anew(members, tests, tmp_path):
+    keys = []
+    for paths, tta, threshold in ((members[:1], ["none"], 0.5), (members[1:], ["none"], 0.5),
+                                  (members[1:], ["hflip"], 0.5), (members[1:], ["hflip"], 0.45)):  # fmt: skip
+        predicted(Ensemble(EnsembleSpec(paths, [1.0], tta, threshold)), tests, tmp_path)
+        keys.append(json.loads((tmp_path / "part-00000.json").read_text())["key"])
+    assert len(set(keys)) == 4
 
 
-def test_max_hours_stops_after_a_whole_part(members, tests, tmp_path):
-    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
-    assert len(predicted(ensemble, tests, tmp_path, max_hours=1e-9, part_size=5)) == 5
-    assert len(predicted(ensemble, tests, tmp_path, part_size=5)) == len(tests.names)
+def test_max_hours_stops_after_a_whole_shard(members, tests, tmp_path):
+    ensemble = equal(members[:1])
+    assert len(predicted(ensemble, tests, tmp_path, max_hours=1e-9, shard_size=5)) == 5
+    assert len(predicted(ensemble, tests, tmp_path, shard_size=5)) == len(tests.names)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_photograph_that_cannot_be_decoded_is_named_and_leaves_no_row(members, competition, tmp_path, workers):
-    (competition / "test" / "000000000005_02.jpg").write_bytes(b"\xff\xd8 not a picture")
-    tests = photos.photographs(competition, "test")
-    with pytest.raises(UserError, match=r"photograph 000000000005_02.jpg cannot be decoded") as error:
-        predicted(inference.Ensemble(members[:1], [1.0], ["none"]), tests, tmp_path, workers=workers)
+def test_an_image_that_cannot_be_decoded_is_named_and_leaves_no_row(members, competition, tmp_path, workers):
+    (competition / "test" / "000000000005_02.jpg").write_bytes(b"\xff\xd8 not an image")
+    tests = Competition(competition).test().images
+    with pytest.raises(UserError, match=r"image 000000000005_02.jpg cannot be decoded") as error:
+        predicted(equal(members[:1]), tests, tmp_path, workers=workers)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.csv"))
 
 
 def test_logits_that_are_not_finite_are_an_error_not_an_empty_mask(members, tests, tmp_path):
-    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
+    ensemble = equal(members[:1])
     ensemble.models[0].net.segmentation_head[0].bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"not finite for one of 000000000001_01.jpg"):
         predicted(ensemble, tests, tmp_path)
     assert not list(tmp_path.glob("*.csv"))
 
 
-def test_with_skip_broken_a_photograph_that_cannot_be_decoded_is_told_from_an_empty_one(members, competition, tmp_path):
-    (competition / "test" / "000000000005_02.jpg").write_bytes(b"\xff\xd8 not a picture")
-    tests = photos.photographs(competition, "test")
-    table = predicted(inference.Ensemble(members[:1], [1.0], ["none"]), tests, tmp_path, skip_broken=True)
+def test_with_skip_broken_an_image_that_cannot_be_decoded_is_told_from_an_empty_one(members, competition, tmp_path):
+    (competition / "test" / "000000000005_02.jpg").write_bytes(b"\xff\xd8 not an image")
+    tests = Competition(competition).test().images
+    table = predicted(equal(members[:1]), tests, tmp_path, skip_broken=True)
     assert table["img"].tolist() == tests.names
     assert table.loc[table["area"].isna(), "img"].tolist() == ["000000000005_02.jpg"]
     assert "000000000005_02.jpg,\n" in (tmp_path / "part-00000.csv").read_text()
 
 
-def test_two_processes_write_the_parts_of_one(members, tests, tmp_path):
-    ensemble = inference.Ensemble(members, [0.5, 0.5], ["none", "hflip"])
+def test_two_processes_write_the_shards_of_one(members, tests, tmp_path):
+    ensemble = equal(members, ["none", "hflip"])
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
-    one = predicted(ensemble, tests, tmp_path / "one", part_size=3)
+    one = predicted(ensemble, tests, tmp_path / "one", shard_size=3)
     torch.set_num_threads(threads)
-    two = predicted(ensemble, tests, tmp_path / "two", part_size=3, processes=2)
+    two = predicted(ensemble, tests, tmp_path / "two", shard_size=3, processes=2)
     assert two.drop(columns="part").equals(one.drop(columns="part"))
     for part in sorted((tmp_path / "one").glob("*.csv")):
         assert (tmp_path / "two" / part.name).read_bytes() == part.read_bytes()
@@ -127,42 +118,43 @@ def test_two_processes_write_the_parts_of_one(members, tests, tmp_path):
 CLAIMS = """
     import sys, time
     from pathlib import Path
-    from carvana.data import competition as photos
-    from carvana.inference import ensemble as inference, predict as prediction
-    ensemble = inference.Ensemble([Path(sys.argv[1])], [1.0], ["none"])
-    tests = photos.photographs(Path(sys.argv[2]), "train")
-    whole = prediction.Prediction(ensemble, tests, tests.names, Path(sys.argv[3]), 4, False, 5)
-    lock = (Path(sys.argv[3]) / "claims.lock").open("a")
-    claims = prediction._Claims(whole, [(1, whole.parts[1])], lock, float("inf"))
+    from carvana.data import Competition, TestSet
+    from carvana.inference import EnsembleSpec, Options
+    from carvana.inference.predict import Claims, Prediction
+    images = Competition(sys.argv[2]).train_images
+    spec, folder = EnsembleSpec.equal([Path(sys.argv[1])], ["none"]), Path(sys.argv[3])
+    whole = Prediction(spec, TestSet(images, images.names), folder, Options(batch_size=4, shard_size=5))
+    claims = Claims(whole, [(1, whole.shards[1])], (folder / "claims.lock").open("a"), float("inf"))
     next(iter(claims))
     print("claimed", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_part_that_another_process_works_on_is_left_to_it_and_taken_when_that_is_killed(members, tests, tmp_path):
+def test_a_shard_that_another_process_works_on_is_left_to_it_and_taken_when_that_is_killed(members, tests, tmp_path):
     data = str(tests.path.parent)
     command = [sys.executable, "-c", textwrap.dedent(CLAIMS), str(members[0]), data, str(tmp_path)]
-    ensemble = inference.Ensemble(members[:1], [1.0], ["none"])
+    ensemble = equal(members[:1])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "claimed\n"
-        table = predicted(ensemble, tests, tmp_path, part_size=5, max_hours=1 / 3600)
+        table = predicted(ensemble, tests, tmp_path, shard_size=5, max_hours=1 / 3600)
         other.kill()
     assert not (tmp_path / "part-00001.csv").exists()
     assert len(table) == len(tests.names) - 5
-    assert len(predicted(ensemble, tests, tmp_path, part_size=5)) == len(tests.names)
+    assert len(predicted(ensemble, tests, tmp_path, shard_size=5)) == len(tests.names)
 
 
 PREDICTS = """
     import re, sys
     from pathlib import Path
-    from carvana.data import competition as photos
-    from carvana.inference import ensemble as inference, predict as prediction
-    checkpoint, folder, parts, part_size, batch_size = sys.argv[1:]
-    ensemble = inference.Ensemble([Path(checkpoint)], [1.0], ["none", "hflip"])
-    tests = photos.Archive(Path(folder), ".jpg")
-    sizes = {"part_size": int(part_size), "batch_size": int(batch_size)}
-    prediction.predict(ensemble, tests, tests.names, Path(parts), **sizes)
+    from carvana.data import TestSet
+    from carvana.data.images import Archive
+    from carvana.inference import Ensemble, EnsembleSpec, Options, predict_run_lengths
+    checkpoint, folder, shards, shard_size, batch_size = sys.argv[1:]
+    ensemble = Ensemble(EnsembleSpec.equal([Path(checkpoint)], ["none", "hflip"]))
+    images = Archive(folder, ".jpg")
+    sizes = Options(shard_size=int(shard_size), batch_size=int(batch_size))
+    predict_run_lengths(ensemble, TestSet(images, images.names), Path(shards), sizes)
     print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # of this program alone
 """
 
@@ -171,8 +163,8 @@ def predicting(*arguments) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(PREDICTS), *map(str, arguments)]
 
 
-def repeated(tests: photos.Archive, folder, n: int):
-    """A folder of `n` names for the photographs of `tests`."""
+def repeated(tests, folder, n):
+    """A folder of `n` names for the images of `tests`."""
     folder.mkdir()
     for i in range(n):
         (folder / f"{i:06d}_01.jpg").hardlink_to(tests.path / tests.names[i % len(tests.names)])
@@ -181,7 +173,7 @@ def repeated(tests: photos.Archive, folder, n: int):
 
 @pytest.mark.slow
 def test_a_prediction_killed_at_ten_moments_ends_in_the_same_bytes(members, tests, tmp_path):
-    folder, random = repeated(tests, tmp_path / "photos", 400), np.random.default_rng(0)
+    folder, random = repeated(tests, tmp_path / "images", 400), np.random.default_rng(0)
     subprocess.run(predicting(members[0], folder, tmp_path / "whole", 20, 4), check=True, capture_output=True)
     for _ in range(10):
         command = predicting(members[0], folder, tmp_path / "cut", 20, 4)
@@ -195,7 +187,7 @@ def test_a_prediction_killed_at_ten_moments_ends_in_the_same_bytes(members, test
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_photographs(members, tests, tmp_path):
+def test_memory_does_not_grow_with_the_number_of_images(members, tests, tmp_path):
     peaks = []
     for n in (500, 4000):
         command = predicting(members[0], repeated(tests, tmp_path / f"{n}", n), tmp_path / f"parts{n}", 128, 8)

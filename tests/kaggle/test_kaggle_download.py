@@ -15,8 +15,7 @@ import pytest
 from fake_kaggle import CHUNK, NAMES, refused, zipped
 
 from carvana import files
-from carvana.kaggle import client as kaggle_api
-from carvana.kaggle import download as transfer
+from carvana.kaggle import client, download
 
 
 @pytest.fixture
@@ -25,13 +24,13 @@ def data(tmp_path):
 
 
 def test_listing_takes_all_pages(fake):
-    sizes = transfer.list_files(kaggle_api.client())
+    sizes = download.list_files(client.sign_in())
     assert sizes == {name: len(content) for name, content in fake.files.items()}
     assert fake.calls("ListDataFiles") == 3
 
 
 def test_download_then_skip(fake, data):
-    paths = transfer.download(data)
+    paths = download.download(data)
     assert [path.name for path in paths] == list(NAMES)
     assert all(path.read_bytes() == fake.files[path.name] for path in paths)
     entries = json.loads((data / "download.json").read_text())
@@ -40,7 +39,7 @@ def test_download_then_skip(fake, data):
     left = sorted(path.name for path in data.rglob("*") if path.is_file())
     assert left == sorted([*NAMES, "download.json", "lock"])
     assert fake.calls("storage") == 6
-    assert transfer.download(data) == paths
+    assert download.download(data) == paths
     assert fake.calls("storage") == 6
 
 
@@ -48,11 +47,11 @@ def test_what_was_put_there_by_hand_is_kept_if_sound_and_replaced_if_not(fake, d
     data.mkdir()
     (data / "train.zip").write_bytes(fake.files["train.zip"])
     (data / "test.zip").write_bytes(bytes(len(fake.files["test.zip"])))  # the right size alone does not do
-    transfer.download(data, ["train.zip", "test.zip"])
+    download.download(data, ["train.zip", "test.zip"])
     assert fake.calls("storage") == 1
     assert (data / "test.zip").read_bytes() == fake.files["test.zip"]
     (data / "test.zip").write_bytes(b"changed since")
-    transfer.download(data, ["train.zip", "test.zip"])
+    download.download(data, ["train.zip", "test.zip"])
     assert fake.calls("storage") == 2
 
 
@@ -60,47 +59,47 @@ def test_zips_that_were_attached_or_copied_are_read_through(data):
     data.mkdir()
     whole = zipped(3000)
     (data / "train.zip").write_bytes(whole)
-    assert transfer.verify(data) == [data / "train.zip"]
+    assert download.verify(data) == [data / "train.zip"]
     (data / "train.zip").write_bytes(whole[:1000] + bytes(9) + whole[1009:])
-    refused("train.zip is broken: picture.jpg. Download it again", transfer.verify, data)
+    refused("train.zip is broken: picture.jpg. Download it again", download.verify, data)
 
 
 def test_high_quality_and_names_with_or_without_zip(fake, data):
     fake.files = {"train_hq.zip": zipped(), "test_hq.zip": zipped(), **fake.files}
-    assert transfer.download(data, hq=True)[0].name == "train_hq.zip"
-    assert transfer.download(data, ["metadata.csv"])[0].name == "metadata.csv.zip"
+    assert download.download(data, hq=True)[0].name == "train_hq.zip"
+    assert download.download(data, ["metadata.csv"])[0].name == "metadata.csv.zip"
     fake.files["plain.csv"] = zipped(500)  # listed as the file, served as a zip of it
     fake.sizes["plain.csv"] = 500
-    assert transfer.download(data, ["plain.csv.zip"])[0].name == "plain.csv.zip"
+    assert download.download(data, ["plain.csv.zip"])[0].name == "plain.csv.zip"
     calls = fake.calls("storage")
     (data / "download.json").unlink()
-    transfer.download(data, ["plain.csv"])
+    download.download(data, ["plain.csv"])
     assert fake.calls("storage") == calls
 
 
 def test_unknown_file(fake, data):
     expected = 'trian.zip is no file of the competition, did you mean "train.zip"'
-    refused(expected, transfer.download, data, ["trian.zip"])
+    refused(expected, download.download, data, ["trian.zip"])
     assert fake.calls("DownloadDataFile") == 0
 
 
 def test_a_listing_without_sizes(fake, data):
     fake.sizes["train.zip"] = 0
-    assert [path.name for path in transfer.download(data, ["train.zip"])] == ["train.zip"]
+    assert [path.name for path in download.download(data, ["train.zip"])] == ["train.zip"]
 
 
 def test_half_a_table_of_unknown_size_is_fetched_anew(fake, data):
     fake.files["plain.csv"], fake.sizes["plain.csv"] = b"img,rle_mask\n" * CHUNK, 0
     fake.faults["storage"] = [f"cut:{CHUNK}"] + ["503"] * 9
-    refused("plain.csv: Kaggle is in trouble", transfer.download, data, ["plain.csv"])
+    refused("plain.csv: Kaggle is in trouble", download.download, data, ["plain.csv"])
     fake.faults.clear()
-    transfer.download(data, ["plain.csv"])
+    download.download(data, ["plain.csv"])
     assert (data / "plain.csv").read_bytes() == fake.files["plain.csv"]
 
 
 def test_full_disk_is_noticed_before_the_download(fake, data):
     fake.sizes["test.zip"] = 1 << 60
-    refused("are needed and .* are free", transfer.download, data)
+    refused("are needed and .* are free", download.download, data)
     assert fake.calls("DownloadDataFile") == 0
 
 
@@ -108,14 +107,14 @@ def test_full_disk_is_noticed_before_the_download(fake, data):
     ("status", "message"),
     [
         ("401", "refused the credentials of the environment variables KAGGLE_USERNAME and KAGGLE_KEY"),
-        ("403", f"Accept the rules at {kaggle_api.PAGE}/rules"),
+        ("403", f"Accept the rules at {client.PAGE}/rules"),
         ("404", "does not know it"),
     ],
 )
 @pytest.mark.parametrize("call", ["ListDataFiles", "DownloadDataFile"])
 def test_refusals_are_final_and_explained(fake, data, call, status, message):
     fake.faults[call] = [status]
-    text = refused(message, transfer.download, data, ["train.zip"])
+    text = refused(message, download.download, data, ["train.zip"])
     assert text.startswith("The list of files" if call == "ListDataFiles" else "train.zip")
     assert f"no {status}" in text
     assert fake.calls(call) == 1
@@ -124,42 +123,42 @@ def test_refusals_are_final_and_explained(fake, data, call, status, message):
 
 def test_trouble_is_waited_for(fake, data):
     fake.faults = {"ListDataFiles": ["429", "503", "html"], "DownloadDataFile": ["drop", "500"]}
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     assert fake.naps[:3] == [3, 3, 8]  # what the server asks for, then our own
 
 
 def test_trouble_that_stays_is_reported(fake, data):
     fake.faults["ListDataFiles"] = ["503"] * 9
-    refused("The list of files: Kaggle is in trouble .503: no 503", transfer.download, data)
-    assert fake.calls("ListDataFiles") == kaggle_api.TRIES
+    refused("The list of files: Kaggle is in trouble .503: no 503", download.download, data)
+    assert fake.calls("ListDataFiles") == client.TRIES
     fake.faults["ListDataFiles"] = ["drop"] * 9
-    refused("The list of files: the line to Kaggle fails .ConnectionError", transfer.download, data)
+    refused("The list of files: the line to Kaggle fails .ConnectionError", download.download, data)
 
 
 def test_a_server_that_never_answers(fake, data, monkeypatch):
-    monkeypatch.setattr(kaggle_api, "TIMEOUT", (1, 0.1))
+    monkeypatch.setattr(client, "TIMEOUT", (1, 0.1))
     fake.faults["ListDataFiles"] = ["stall"] * 9
-    refused("the line to Kaggle fails .ReadTimeout", transfer.download, data)
+    refused("the line to Kaggle fails .ReadTimeout", download.download, data)
 
 
 def test_a_broken_line_goes_on_where_it_broke(fake, data):
     fake.files["train.zip"] = zipped(3 * CHUNK)
     fake.faults["storage"] = [f"cut:{CHUNK + 5000}", f"cut:{2 * CHUNK + 9000}"]
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     asked = [request.headers for request in fake.requests if request.name == "storage"]
     firsts = [int(headers.get("Range", "bytes=0-")[6:-1]) for headers in asked]
     lost = np.array([CHUNK + 5000, 2 * CHUNK + 9000]) - firsts[1:]
-    assert firsts[0] == 0 and (lost >= 0).all() and (lost < transfer.PIECE).all()
+    assert firsts[0] == 0 and (lost >= 0).all() and (lost < download.PIECE).all()
     assert asked[1]["If-Range"] == f'"{zlib.crc32(fake.files["train.zip"])}"'
 
 
 def test_tries_are_counted_anew_while_it_progresses(fake, data):
     fake.files["train.zip"] = zipped(12 * CHUNK)
     fake.at_once = CHUNK + 9
-    transfer.download(data, ["train.zip"])
-    assert fake.calls("storage") > 2 * kaggle_api.TRIES
+    download.download(data, ["train.zip"])
+    assert fake.calls("storage") > 2 * client.TRIES
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
 
 
@@ -168,10 +167,10 @@ def test_tries_are_counted_anew_while_it_progresses(fake, data):
 )
 def test_half_a_file_or_a_page_is_never_taken_for_the_file(fake, data, fault, reason):
     fake.faults["storage"] = [fault]
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     fake.faults["storage"] = [fault] * 30
-    refused(f"test.zip: .*{reason}", transfer.download, data, ["test.zip"])
+    refused(f"test.zip: .*{reason}", download.download, data, ["test.zip"])
     assert not (data / "test.zip").exists()
     assert "test.zip" not in (data / "download.json").read_text()
 
@@ -180,17 +179,17 @@ def test_half_a_file_or_a_page_is_never_taken_for_the_file(fake, data, fault, re
 def test_what_comes_behind_a_part_never_spoils_it(fake, data, faults):
     fake.files["train.zip"] = zipped(3 * CHUNK)
     fake.faults["storage"] = [f"cut:{CHUNK + 5000}", *faults]
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
 
 
 def test_a_file_that_changes_on_the_server_is_begun_anew(fake, data, monkeypatch):
     fake.files["train.zip"] = zipped(3 * CHUNK)
     fake.faults["storage"] = [f"cut:{CHUNK + 5000}"] + ["503"] * 9
-    refused("train.zip: Kaggle is in trouble", transfer.download, data, ["train.zip"])
+    refused("train.zip: Kaggle is in trouble", download.download, data, ["train.zip"])
     fake.faults.clear()
     fake.files["train.zip"] = zipped(3 * CHUNK)  # of the same size
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
 
 
@@ -210,9 +209,9 @@ def test_a_disk_that_fills_on_the_way_keeps_what_has_come(fake, data, monkeypatc
 
     usual = Path.open
     monkeypatch.setattr(Path, "open", opened)
-    refused("train.zip: the disk is full. Free space and start again", transfer.download, data, ["train.zip"])
+    refused("train.zip: the disk is full. Free space and start again", download.download, data, ["train.zip"])
     monkeypatch.setattr(Path, "open", usual)
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
     assert fake.sent < 1.7 * len(fake.files["train.zip"])
 
@@ -220,7 +219,7 @@ def test_a_disk_that_fills_on_the_way_keeps_what_has_come(fake, data, monkeypatc
 def test_a_second_download_into_the_same_folder_waits_for_the_first(fake, data):
     fake.files["train.zip"] = zipped(3 * CHUNK)
     with ThreadPoolExecutor() as pool:
-        both = [pool.submit(transfer.download, data, ["train.zip"]) for _ in range(2)]
+        both = [pool.submit(download.download, data, ["train.zip"]) for _ in range(2)]
     assert [found.result() for found in both] == [[data / "train.zip"]] * 2
     assert fake.calls("storage") == 1
 
@@ -242,7 +241,7 @@ def test_five_cuts_and_a_kill_cost_no_more_than_a_tenth(fake, data, size):
     fake.faults["storage"] = [f"cut:{cut}" for cut in cuts[:2]]
     killed_download(data, (cuts[1] + cuts[2]) // 2)
     fake.faults["storage"] = [f"cut:{cut}" for cut in cuts[2:]]
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert files.sha256(data / "train.zip") == hashlib.sha256(fake.files["train.zip"]).hexdigest()
     print(f"{size} MB: {fake.sent / len(fake.files['train.zip']):.4f} of the size sent")
     assert fake.sent <= 1.1 * len(fake.files["train.zip"]) + 8 * CHUNK * (size < 100)  # what a socket holds at a kill
@@ -250,7 +249,7 @@ def test_five_cuts_and_a_kill_cost_no_more_than_a_tenth(fake, data, size):
 
 def test_an_expired_address_is_asked_for_anew(fake, data):
     fake.faults["storage"] = ["expired"]
-    transfer.download(data, ["train.zip"])
+    download.download(data, ["train.zip"])
     assert fake.calls("DownloadDataFile") == 2
     fake.faults["storage"] = ["expired"] * 9
-    refused("test.zip: Kaggle is in trouble", transfer.download, data, ["test.zip"])
+    refused("test.zip: Kaggle is in trouble", download.download, data, ["test.zip"])

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import nbformat
@@ -10,8 +12,9 @@ from fake_kaggle import USER, hide_credentials, refused
 
 import carvana
 from carvana import cli, submission
-from carvana.data import competition as photos
-from carvana.files import UserError, project_root
+from carvana.data import Competition
+from carvana.errors import UserError
+from carvana.files import project_root
 from carvana.kaggle import kernels
 
 SLUG = f"{USER}/carvana-tiny"
@@ -27,7 +30,7 @@ def profile(tmp_path):
 
 @pytest.fixture
 def built(profile, tmp_path):
-    return kernels.build(profile, tmp_path / "built", USER, wheels=False)
+    return kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
 
 
 def test_what_is_built_says_every_field_and_holds_the_suite(built, profile):
@@ -46,22 +49,22 @@ def test_what_is_built_says_every_field_and_holds_the_suite(built, profile):
 
 def test_the_name_of_a_run_becomes_a_name_that_kaggle_takes(profile, tmp_path):
     profile.write_text(profile.read_text().replace('"tiny"', '"My_run 2"'))
-    built = kernels.build(profile, tmp_path / "built", USER, wheels=False)
+    built = kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
     kernel = json.loads((built / "kernel" / "kernel-metadata.json").read_text())
     assert (kernel["id"], kernel["title"]) == (f"{USER}/carvana-my-run-2", "carvana my run 2")
 
 
 def test_the_same_is_built_from_the_same(built, profile, tmp_path):
-    again = kernels.build(profile, tmp_path / "again", USER, wheels=False)
+    again = kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "again")
     assert (again / "dataset" / "suite.zip").read_bytes() == (built / "dataset" / "suite.zip").read_bytes()
 
 
 def test_a_profile_that_needs_the_internet_is_refused_and_a_weights_file_helps(profile, tmp_path):
     profile.write_text("run_name: tiny")
     with pytest.raises(UserError, match="tiny.yaml fetches encoder weights.*Give a file: --weights"):
-        kernels.build(profile, tmp_path / "built", USER, wheels=False)
+        kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
     with pytest.raises(UserError, match="--weights .*w.safetensors is no file"):
-        kernels.build(profile, tmp_path / "built", USER, tmp_path / "w.safetensors", wheels=False)
+        kernels.build(kernels.KernelPlan(profile, USER, tmp_path / "w.safetensors", wheels=False), tmp_path / "built")
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     arguments = ["--profile", profile, "--folder", tmp_path / "built", "--user", USER, "--no-wheels"]
     arguments += ["--weights", tmp_path / "w.safetensors"]
@@ -73,6 +76,13 @@ def test_wheels_of_what_kaggle_may_lack_leave_torch_and_the_client_out():
     names = {requirement.name for requirement in kernels.requirements(project_root() / "requirements.txt")}
     assert {"segmentation-models-pytorch", "albumentations", "simplejpeg", "papermill"} <= names
     assert not names & {"torch", "torchvision", "kaggle", "six"}
+
+
+def test_the_kernel_may_import_its_module_before_anything_is_installed():
+    absent = ("simplejpeg", "papermill", "timm", "albumentations")
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in absent)
+    code = f"import sys; {blocked}from carvana.kaggle import kernels"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_push_makes_the_dataset_then_the_kernel(fake, built, capfd):
@@ -175,8 +185,8 @@ def test_the_kernel_makes_a_submission_and_goes_on_from_its_output(offline, buil
     shown = run_kernel(built, tmp_path, values)
     assert "06_submit: done" in shown
     working = tmp_path / "working"
-    tests = photos.photographs(tmp_path / "made", "test")
-    assert submission.validate(working / "tiny.csv.gz", tests.names, 96, 126).ok
+    names = Competition(tmp_path / "made").test().names
+    assert submission.validate(working / "tiny.csv.gz", submission.Expected(names, 96, 126)).ok
     shutil.move(working, tmp_path / "input" / "carvana-tiny")  # attached in the next session
     working.mkdir()
     weights = tmp_path / "input" / "carvana-tiny" / "runs" / "tiny" / "fold0" / "best.safetensors"

@@ -10,20 +10,18 @@ import pytest
 from fake_kaggle import CHUNK, refused
 
 from carvana import cli, files
-from carvana.kaggle import client as kaggle_api
-from carvana.kaggle import download as transfer
-from carvana.kaggle import ledger as books
-from carvana.kaggle import submit as entry
+from carvana.kaggle import client, submit, upload
+from carvana.submission import Expected
 
 
 @pytest.fixture
 def sub(tmp_path):
-    """Arguments of a good submission of two pictures of 4 x 5 pixels."""
+    """Arguments of a good submission of two images of 4 x 5 pixels."""
     ours, sample = tmp_path / "ours.csv", tmp_path / "sample.csv"
     ours.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 10\n")
     sample.write_text("img,rle_mask\na.jpg,1 1\nb.jpg,1 1\n")
-    where = {"path": ours, "sample": sample, "submissions_dir": tmp_path / "submissions"}
-    return {**where, "message": "demo", "run": "r1", "yes": True, "height": 4, "width": 5}
+    entry, expected = submit.Entry(ours, "demo", "r1"), Expected(sample, 4, 5)
+    return {"entry": entry, "expected": expected, "submissions_dir": tmp_path / "submissions", "yes": True}
 
 
 def ledger(sub):
@@ -33,25 +31,40 @@ def ledger(sub):
 
 def test_submit_waits_for_the_score_and_keeps_a_ledger(fake, sub, capfd):
     fake.pending = 2
-    row = entry.submit(**sub)
+    row = submit.submit(**sub)
     assert (row["ref"], row["status"]) == (1000, "complete")
     assert (row["public_score"], row["private_score"]) == ("0.997012", "0.996543")
-    assert fake.uploaded == [sub["path"].read_bytes()]
+    assert fake.uploaded == [sub["entry"].path.read_bytes()]
     assert ledger(sub) == [{**row, "ref": "1000"}]
-    assert tuple(row) == books.COLUMNS
-    assert (row["run"], row["file"], row["sha256"]) == ("r1", "ours.csv", files.sha256(sub["path"]))
+    assert tuple(row) == submit.COLUMNS
+    assert (row["run"], row["file"], row["sha256"]) == ("r1", "ours.csv", files.sha256(sub["entry"].path))
     assert row["message"] == fake.submissions[0]["description"]
     assert row["message"].startswith("demo [")
     shown = capfd.readouterr().out
-    assert "2 rows, 32.50% of the picture masked" in shown
+    assert "2 rows, 32.50% of the image masked" in shown
     assert "submissions left today: 4" in shown
-    entry.submit(**sub)
-    assert [entry["ref"] for entry in ledger(sub)] == ["1000", "1001"]
+
+
+def test_the_same_file_is_sent_once_and_another_one_adds_a_row(fake, sub, capfd):
+    first = submit.submit(**sub)
+    assert submit.submit(**sub) == {**first, "ref": "1000"}
+    assert "the same file is submission 1000 already" in capfd.readouterr().out
+    assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
+    sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 11\n")
+    submit.submit(**sub)
+    assert [row["ref"] for row in ledger(sub)] == ["1000", "1001"]
+
+
+def test_a_file_that_was_rejected_may_be_sent_again(fake, sub):
+    fake.verdict = {"status": "ERROR", "errorDescription": "no"}
+    refused("rejected submission 1000", submit.submit, **sub)
+    fake.verdict = {"status": "COMPLETE"}
+    assert submit.submit(**sub)["ref"] == 1001
 
 
 def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, sub, capfd, tmp_path):
     fake.pending = 99
-    entry.submit(**sub, wait_minutes=0)
+    submit.submit(**sub, wait_minutes=0)
     fake.pending = 0
     run = tmp_path / "runs" / "r1"
     run.mkdir(parents=True)
@@ -69,14 +82,14 @@ def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, s
 
 def test_submit_does_not_wait_longer_than_asked(fake, sub):
     fake.pending = 99
-    row = entry.submit(**sub, wait_minutes=0)
+    row = submit.submit(**sub, wait_minutes=0)
     assert (row["status"], row["public_score"]) == ("pending", "")
     assert ledger(sub)[0]["status"] == "pending"
 
 
 def test_rejected_by_the_scorer(fake, sub):
     fake.verdict = {"status": "ERROR", "errorDescription": "Submission must have 100064 rows"}
-    refused("rejected submission 1000: Submission must have 100064 rows", entry.submit, **sub)
+    refused("rejected submission 1000: Submission must have 100064 rows", submit.submit, **sub)
     assert ledger(sub)[0]["status"] == "error"
 
 
@@ -92,7 +105,7 @@ def test_rejected_by_the_scorer(fake, sub):
 )
 def test_a_refused_upload_is_noticed_and_not_repeated(fake, sub, faults, message):
     fake.faults = faults
-    refused(message, entry.submit, **sub)
+    refused(message, submit.submit, **sub)
     assert fake.calls("CreateSubmission") <= 1
     assert fake.submissions == []
     assert not (sub["submissions_dir"] / "ledger.csv").exists()
@@ -100,11 +113,11 @@ def test_a_refused_upload_is_noticed_and_not_repeated(fake, sub, faults, message
 
 def test_when_nothing_can_be_known_the_user_is_told_where_to_look_and_the_next_try_finds_it(fake, sub):
     fake.faults = {"CreateSubmission": ["lost"], "ListSubmissions": ["drop"] * 9}
-    refused(r"Whether \[\w{8}\] has arrived at .*/submissions is unknown: the line", entry.submit, **sub)
+    refused(r"Whether \[\w{8}\] has arrived at .*/submissions is unknown: the line", submit.submit, **sub)
     assert not (sub["submissions_dir"] / "ledger.csv").exists()
     fake.faults.clear()
     fake.limits = {"numToday": 5}  # a second one would not even be taken
-    assert entry.submit(**sub)["ref"] == 1000
+    assert submit.submit(**sub)["ref"] == 1000
     assert len(fake.submissions) == len(ledger(sub)) == len(fake.uploaded) == 1
 
 
@@ -116,8 +129,8 @@ def big(tmp_path):
 
 
 def send(path):
-    api = kaggle_api.client()
-    return transfer.Upload(path).send(lambda: entry._start(api, path))
+    api = client.sign_in()
+    return upload.Upload(path).send(lambda: submit.start_upload(api, path))
 
 
 def test_a_cut_upload_goes_on_where_the_storage_has_it(fake, big):
@@ -139,13 +152,13 @@ def test_where_a_cut_upload_cannot_go_on_it_is_sent_once_more_and_only_once(fake
     assert fake.uploaded == [big.read_bytes()]
     assert "cannot go on where it was cut: once more, in full" in capfd.readouterr().out
     assert fake.calls("StartSubmissionUpload") == 2
-    transfer.Upload(big).done()
+    upload.Upload(big).done()
     fake.faults["upload"] = [f"cut:{CHUNK}", "", f"cut:{CHUNK}"]
     refused("breaks again and again", send, big)
 
 
 def test_an_upload_that_stalls_is_noticed_and_goes_on(fake, big, monkeypatch):
-    monkeypatch.setattr(kaggle_api, "TIMEOUT", (1, 1))
+    monkeypatch.setattr(client, "TIMEOUT", (1, 1))
     fake.faults["upload"] = ["stall"]
     send(big)
     assert fake.uploaded == [big.read_bytes()]
@@ -156,9 +169,9 @@ def test_what_an_upload_remembers_is_for_the_owner_alone_and_only_for_that_file(
     refused("Upload of .*big.csv.gz: Kaggle is in trouble", send, big)
     note = big.with_name(".big.csv.gz.upload")
     assert note.stat().st_mode & 0o777 == 0o600
-    assert transfer.Upload(big).resumed
+    assert upload.Upload(big).resumed
     big.write_bytes(b"another")
-    assert not transfer.Upload(big).resumed
+    assert not upload.Upload(big).resumed
 
 
 @pytest.mark.parametrize("size", [30, pytest.param(300, marks=pytest.mark.slow)])
@@ -166,9 +179,9 @@ def test_an_upload_cut_five_times_and_killed_costs_no_more_than_a_tenth(fake, bi
     big.write_bytes(os.urandom(size * CHUNK))
     cuts = (np.diff(np.sort(np.random.default_rng(size).integers(CHUNK, size * CHUNK, 6))) + 1).tolist()
     fake.faults["upload"] = [fault for cut in cuts[:2] for fault in (f"cut:{cut}", "")]
-    code = "import sys; from carvana.kaggle import client, download, submit; from pathlib import Path; "
-    code += "api, path = client.client(), Path(sys.argv[1]); "
-    code += "download.Upload(path).send(lambda: submit._start(api, path))"
+    code = "import sys; from carvana.kaggle import client, submit, upload; from pathlib import Path; "
+    code += "api, path = client.sign_in(), Path(sys.argv[1]); "
+    code += "upload.Upload(path).send(lambda: submit.start_upload(api, path))"
     process = subprocess.Popen([sys.executable, "-c", code, big], stderr=subprocess.DEVNULL)
     while process.poll() is None and len(fake.stored) <= sum(cuts[:2]) + CHUNK:
         os.sched_yield()
@@ -183,32 +196,32 @@ def test_an_upload_cut_five_times_and_killed_costs_no_more_than_a_tenth(fake, bi
 
 def test_a_lost_answer_is_looked_up_not_sent_twice(fake, sub):
     fake.faults = {"CreateSubmission": ["lost"], "ListSubmissions": ["503"]}
-    row = entry.submit(**sub)
+    row = submit.submit(**sub)
     assert (row["ref"], row["status"]) == (1000, "complete")
     assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
 
 
 def test_trouble_while_waiting_does_not_lose_the_submission(fake, sub):
     fake.faults["ListSubmissions"] = ["403", "503"]
-    assert entry.submit(**sub)["status"] == "complete"
+    assert submit.submit(**sub)["status"] == "complete"
 
 
 def test_an_invalid_file_is_refused_before_any_request(fake, sub):
-    sub["path"].write_text("img,rle_mask\na.jpg,1 2 3\n")
-    refused(r"is not uploaded. run lengths must be pairs.*line 2 \(a.jpg\)", entry.submit, **sub)
+    sub["entry"].path.write_text("img,rle_mask\na.jpg,1 2 3\n")
+    refused(r"is not uploaded. run lengths must be pairs.*line 2 \(a.jpg\)", submit.submit, **sub)
     assert fake.requests == []
 
 
 def test_nothing_is_uploaded_when_the_day_is_over_or_nobody_confirms(fake, sub, monkeypatch):
     sub["yes"] = False
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    refused("nobody is there to confirm", entry.submit, **sub)
+    refused("nobody is there to confirm", submit.submit, **sub)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: "n")
-    refused("not confirmed", entry.submit, **sub)
+    refused("not confirmed", submit.submit, **sub)
     fake.limits = {"numToday": 5, "numTotal": 9}
-    refused("no submission is left today", entry.submit, **sub)
+    refused("no submission is left today", submit.submit, **sub)
     assert fake.calls("StartSubmissionUpload") == 0
     fake.limits = {}  # a team without a submission so far
     monkeypatch.setattr("builtins.input", lambda _: "y")
-    assert entry.submit(**sub)["status"] == "complete"
+    assert submit.submit(**sub)["status"] == "complete"

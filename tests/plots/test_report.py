@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from carvana import files
+from carvana.errors import UserError
 from carvana.plots import report
+from carvana.run import Run
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def add_history(folder, dice):
 def add_scores(folder):
     rows = {"img": ["a_01.jpg", "b_01.jpg", "c_01.jpg"], "car": ["a", "b", "c"], "view": 1, "fold": [0, 0, -1]}
     rows |= {"dice": [0.99, 0.98, 0.9123456], "iou": [0.98, 0.96, 0.85], "area": 0.2, "predicted_area": 0.21}
-    rows |= {"edge_1": 60, "edge_3": 20, "edge_10": 10, "missed": 10, "extra": 0}
+    rows |= {"edge_1": 60, "edge_3": 20, "edge_10": 10, "missed": 10, "extra": 0, "disputed": [0, 7, 0]}
     pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
 
 
@@ -48,8 +50,12 @@ def add_worst(folder, names=("c_01", "b_01")):
             Image.fromarray(noise).save(folder / "figures" / "worst" / f"{name}{part}.jpg")
 
 
+def opened(folder):
+    return Run(folder.parent, folder.name)
+
+
 def page(run, submissions_dir=None):
-    path = report.write(run, submissions_dir)
+    path = report.write_report(opened(run), submissions_dir)
     assert path == run / "report.html"
     return path.read_text()
 
@@ -60,7 +66,7 @@ def test_a_run_with_only_a_history_gets_a_page(run):
     assert "0.987654" in text and "0.100000" in text  # best and untrained Dice
     assert "1 of 2" in text  # best epoch
     assert text.count("<polyline") == 2  # Dice and loss
-    assert "Worst pictures" not in text and "Not scored yet" in text
+    assert "Worst images" not in text and "Not scored yet" in text
 
 
 def test_a_run_without_anything_gets_a_page(tmp_path):
@@ -92,7 +98,7 @@ def test_the_page_loads_nothing_from_elsewhere(run):
     assert len(addresses) == 10 and all(address.startswith(("data:image/", "#worst")) for address in addresses)
     assert "<script" not in text and "@import" not in text
     assert 'name="viewport"' in text
-    assert text.index("The worst pictures") < text.index("fold0")
+    assert text.index("The worst images") < text.index("fold0")
 
 
 def test_a_click_on_one_of_the_worst_shows_its_full_size(run):
@@ -108,7 +114,7 @@ def test_full_sizes_beyond_the_budget_are_linked(run, monkeypatch):
     add_scores(run)
     add_worst(run)
     size = (run / "figures" / "worst" / "c_01.jpg").stat().st_size
-    monkeypatch.setattr(report, "BUDGET", 3 * size + 100)  # both zooms and one picture
+    monkeypatch.setattr(report, "BUDGET", 3 * size + 100)  # both zooms and one image
     text = page(run)
     assert 'href="#worst-1"' in text and 'href="figures/worst/b_01.jpg"' in text
     assert text.count("data:image/jpeg") == 3
@@ -120,24 +126,24 @@ def test_the_gallery_of_a_notebook_links_to_the_files_of_the_run(run, monkeypatc
     root = run.parent.parent
     (root / "notebooks").mkdir()
     monkeypatch.chdir(root)  # as papermill runs it: the page lies in the run
-    assert 'href="../figures/worst/c_01.jpg" target="_blank"' in report.gallery(run)
+    assert 'href="../figures/worst/c_01.jpg" target="_blank"' in report.gallery(opened(run))
     monkeypatch.chdir(root / "notebooks")  # by hand
-    assert 'href="../runs/first/figures/worst/c_01.jpg"' in report.gallery(run)
+    assert 'href="../runs/first/figures/worst/c_01.jpg"' in report.gallery(opened(run))
 
 
 def test_data_and_timings_are_told(run):
     add_scores(run)
     files.write_json(run / "steps.json", {"04_evaluate": {"key": "secret", "seconds": 90.0}})
     text = page(run)
-    assert "3 of 3 cars in 1 views" in text and "1 pictures of 1 cars" in text
+    assert "3 of 3 cars in 1 views" in text and "1 images of 1 cars" in text
     assert "1.5 minutes" in text and "secret" not in text
-    assert "contradicts" not in text  # scores of an earlier version have no such column
+    assert "1, listed in quality.csv" in text
 
 
 def test_the_page_stays_below_15_megabytes_and_names_what_it_leaves_out(run, monkeypatch):
     for name in "abc":
         add_figure(run, f"{name}.png", (600, 400))
-    kind, data = report._compact(run / "figures" / "a.png")
+    kind, data = report.compact(run / "figures" / "a.png")
     assert kind == "jpeg" and len(data) < 600 * 400  # the PNG has 720 KB
     assert report.BUDGET * 4 / 3 < 14e6
     monkeypatch.setattr(report, "BUDGET", 2 * len(data))
@@ -172,9 +178,9 @@ def test_a_blend_shows_the_folds_of_its_members(run):
 
 def test_a_broken_file_is_an_error_with_its_name(run):
     (run / "scores.csv").write_text("")
-    with pytest.raises(files.UserError, match="scores.csv"):
-        report.write(run)
+    with pytest.raises(UserError, match="scores.csv"):
+        report.write_report(opened(run))
     (run / "scores.csv").unlink()
     (run / "ensemble.json").write_text(json.dumps({})[:1])
-    with pytest.raises(files.UserError, match="ensemble.json"):
-        report.write(run)
+    with pytest.raises(UserError, match="ensemble.json"):
+        report.write_report(opened(run))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from carvana import files
 from carvana.plots import report
+from carvana.run import Run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FRAME = """<iframe src="{name}" width="{width}" height="900" style="border: 0"></iframe><pre id="found"></pre>
@@ -45,7 +46,7 @@ def page(tmp_path_factory):
     scores = pd.DataFrame({"img": [f"{i:012x}_{i % 16 + 1:02d}.jpg" for i in range(64)], "dice": dice})
     scores = scores.assign(car=scores["img"].str[:12], view=np.arange(64) % 16 + 1, fold=[0, -1] * 32)
     scores = scores.assign(iou=dice / (2 - dice), area=0.2, predicted_area=0.21)
-    scores = scores.assign(edge_1=60, edge_3=20, edge_10=10, missed=10, extra=0)
+    scores = scores.assign(edge_1=60, edge_3=20, edge_10=10, missed=10, extra=0, disputed=0)
     scores.to_csv(run / "scores.csv", index=False)
     history = {"epoch": [0, 1, 2], "dice": [0.1, 0.9, 0.99], "iou": [0.05, 0.8, 0.98], "loss": [np.nan, 0.5, 0.1]}
     (run / "fold0").mkdir()
@@ -56,7 +57,7 @@ def page(tmp_path_factory):
     (run / "figures").mkdir()
     for name in ("worst", "test_areas", "fold0"):
         Image.fromarray(random.integers(0, 255, (300, 1045, 3), dtype=np.uint8)).save(run / "figures" / f"{name}.png")
-    return report.write(run)
+    return report.write_report(Run(run.parent, run.name))
 
 
 def opened(path, width: int, folder) -> dict:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from carvana.files import UserError
+from carvana.errors import UserError
 from carvana.training.losses import LOSSES, loss_named
 
 

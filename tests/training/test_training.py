@@ -1,4 +1,3 @@
-import json
 import math
 import signal
 import subprocess
@@ -10,22 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import RECIPE, recipe
+from conftest import RECIPE, begun, trainer_of
 from safetensors.torch import load_file
 
-from carvana.data import competition as photos
-from carvana.data import dataset, folds
-from carvana.files import UserError, read_json, write_run
-from carvana.training import trainer as training
-from carvana.training.recipe import Recipe, learning_rate, size_at
-from carvana.training.state import _stalls
-
-
-def fold_of(data, run_dir, number=0, **changes):
-    chosen, pictures = recipe(**changes), photos.index(data)
-    source = dataset.Decoded(photos.photographs(data, "train"), pictures, chosen.height, chosen.width)
-    return training.Fold(chosen, pictures, source, folds.folds_of_run(run_dir, pictures, 2, 0, 1), number, run_dir)
-
+from carvana.data.competition import Competition
+from carvana.errors import UserError
+from carvana.training.launch import train
+from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
+from carvana.training.trainer import Trainer
 
 LEARNS = {"epochs": 16, "batch_size": 2, "validate_every": 4}
 
@@ -33,8 +24,8 @@ LEARNS = {"epochs": 16, "batch_size": 2, "validate_every": 4}
 @pytest.fixture(scope="module")
 def trained(shared_competition, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
-    state = fold_of(shared_competition, run_dir, **LEARNS)
-    return state, training.train(state), run_dir
+    trainer = trainer_of(shared_competition, run_dir, **LEARNS)
+    return trainer, train(trainer), run_dir
 
 
 def test_training_learns_the_ellipses(trained):
@@ -43,7 +34,7 @@ def test_training_learns_the_ellipses(trained):
     assert history["dice"].iloc[-1] > history["dice"].iloc[0] + 0.2
 
 
-def test_history_opens_with_the_untrained_network_and_counts_pictures_and_seconds(trained):
+def test_history_opens_with_the_untrained_network_and_counts_images_and_seconds(trained):
     _, history, run_dir = trained
     assert history["epoch"].tolist() == [0, 4, 8, 12, 16]
     assert history["pictures"].tolist() == [0, 32, 64, 96, 128]
@@ -53,91 +44,92 @@ def test_history_opens_with_the_untrained_network_and_counts_pictures_and_second
 
 
 def test_best_weights_are_those_of_the_highest_dice(trained):
-    state, history, run_dir = trained
-    state.ema.module.load_state_dict(load_file(run_dir / "fold0" / "best.safetensors"))
-    assert state.validate(state.valid_rows)[0] == pytest.approx(history["dice"].max(), abs=1e-9)
+    trainer, history, run_dir = trained
+    network = trainer.state.network
+    network.load_state_dict(load_file(run_dir / "fold0" / "best.safetensors"))
+    dice = trainer.validator.scores(network, trainer.valid_rows).dice
+    assert dice == pytest.approx(history["dice"].max(), abs=1e-9)
 
 
 def test_no_car_is_trained_on_and_scored(trained):
-    state, _, _ = trained
-    cars = state.pictures["car"]
-    assert not set(cars.iloc[state.train_rows]) & set(cars.iloc[state.valid_rows])
+    trainer, _, _ = trained
+    cars = trainer.samples["car"]
+    assert not set(cars.iloc[trainer.train_rows]) & set(cars.iloc[trainer.valid_rows])
 
 
 def test_a_finished_fold_is_not_trained_again(trained, shared_competition):
     _, history, run_dir = trained
-    again = fold_of(shared_competition, run_dir, **LEARNS)
+    again = trainer_of(shared_competition, run_dir, **LEARNS)
     assert again.finished
-    pd.testing.assert_frame_equal(training.train(again), history)
+    pd.testing.assert_frame_equal(train(again), history)
 
 
 def test_held_out_cars_are_in_no_part(shared_competition, tmp_path):
-    pictures = photos.index(shared_competition)
-    table = folds.make_folds(pictures, 2, 1, 1)
-    source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, 96, 128)
-    state = training.Fold(recipe(), pictures, source, table, 0, tmp_path)
-    used = set(pictures["car"].iloc[[*state.train_rows, *state.valid_rows]])
-    assert used == set(table[table["fold"] >= 0]["car"])
+    trainer = trainer_of(shared_competition, tmp_path / "run", holdout_cars=1)
+    used = set(trainer.samples["car"].iloc[[*trainer.train_rows, *trainer.valid_rows]])
+    assert used == set(trainer.folds.loc[trainer.folds["fold"] >= 0, "car"])
 
+
+# The default optimiser on a network so small that its matrix products take no time where bf16 is emulated.
+SMALL_MUON = {"optimizer": "nmuon", "encoder": "tu-mobilenetv3_small_050"}
 
 KILLED = """
     import os, signal, sys
-    sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
-    from test_training import fold_of
     from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from conftest import trainer_of
     from carvana.training import trainer as training
+    from carvana.training.launch import train
     if __name__ == "__main__":
         training.SAVE_MINUTES = 0  # a state after every step
-        state = fold_of(Path({data!r}), Path({run!r}), epochs=4, optimizer="nmuon", amp={amp!r})
-        save = state.save
+        trainer = trainer_of(Path({data!r}), Path({run!r}), epochs=4, **{changes!r})
+        save = trainer.state.save
         def counted():
             save()
-            if state.step == {step}:
+            if trainer.state.step == {step}:
                 os.kill(os.getpid(), signal.SIGKILL)
-        state.save = counted
-        training.train(state, workers={workers})
+        trainer.state.save = counted
+        train(trainer, workers={workers})
 """
 
 
 def test_training_killed_at_three_points_ends_in_the_same_weights(shared_competition, tmp_path, workers=2):
-    whole = fold_of(shared_competition, tmp_path / "whole", epochs=4, optimizer="nmuon")
-    expected = training.train(whole, workers=workers)
+    whole = trainer_of(shared_competition, tmp_path / "whole", epochs=4, **SMALL_MUON)
+    expected = train(whole, workers=workers)
     for step in (1, 3, 7):
         facts = {"tests": str(Path(__file__).parents[1]), "data": str(shared_competition), "run": str(tmp_path / "cut")}
-        code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, amp="no")
+        code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, changes=SMALL_MUON)
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
-    history = training.train(
-        fold_of(shared_competition, tmp_path / "cut", epochs=4, optimizer="nmuon"), workers=workers
-    )
+    history = train(trainer_of(shared_competition, tmp_path / "cut", epochs=4, **SMALL_MUON), workers=workers)
     measured = ["seconds", "speed"]
     pd.testing.assert_frame_equal(history.drop(columns=measured), expected.drop(columns=measured))
     for name in ("best", "last"):
-        made, wanted = (load_file(tmp_path / run / "fold0" / f"{name}.safetensors") for run in ("cut", "whole"))
-        assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+        actual, expected = (load_file(tmp_path / run / "fold0" / f"{name}.safetensors") for run in ("cut", "whole"))
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_max_hours_ends_after_a_whole_step_and_the_next_call_goes_on(shared_competition, tmp_path):
-    state = fold_of(shared_competition, tmp_path)
-    training.train(state, max_hours=1e-9)
-    assert state.step == 1
-    again = fold_of(shared_competition, tmp_path)
-    assert again.step == 1
-    training.train(again)
+    trainer = trainer_of(shared_competition, tmp_path)
+    train(trainer, max_hours=1e-9)
+    assert trainer.state.step == 1
+    again = trainer_of(shared_competition, tmp_path)
+    assert again.state.step == 1
+    train(again)
     assert again.finished
 
 
 def test_another_recipe_in_the_same_folder_is_refused_and_named(trained, shared_competition):
     _, _, run_dir = trained
     with pytest.raises(UserError, match=r"state.pt was trained with another lr \(0.003\)"):
-        fold_of(shared_competition, run_dir, **LEARNS, lr=1e-3)
+        trainer_of(shared_competition, run_dir, **LEARNS, lr=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(shared_competition, tmp_path):
-    state = fold_of(shared_competition, tmp_path)
-    next(state.model.parameters()).data.fill_(math.nan)
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(shared_competition, tmp_path):
+    trainer = trainer_of(shared_competition, tmp_path)
+    next(trainer.state.model.parameters()).data.fill_(math.nan)
     with pytest.raises(UserError, match=r"loss of step 1 is nan, in the batch 0000.*_0\d.jpg"):
-        training.train(state)
+        train(trainer)
 
 
 @pytest.mark.parametrize("changes", [
@@ -149,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(shared_c
     {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32, "epochs": 1},
 ])  # fmt: skip
 def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
-    history = training.train(fold_of(shared_competition, tmp_path, **{"epochs": 1} | changes))
+    history = train(trainer_of(shared_competition, tmp_path, **{"epochs": 1} | changes))
     assert np.isfinite(history["loss"].iloc[-1])
 
 
@@ -168,7 +160,7 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
 ])  # fmt: skip
 def test_a_wrong_recipe_is_refused_before_work(name, value, message):
     with pytest.raises(UserError, match=message):
-        Recipe.of(RECIPE | {name: value})
+        Recipe.from_parameters(RECIPE | {name: value})
 
 
 def test_learning_rates_rise_and_fall_as_their_schedules_say():
@@ -189,39 +181,31 @@ def test_sizes_grow_from_their_start_and_are_whole_for_the_last_third():
 
 
 def test_a_plateau_of_two_validations_halves_the_rate():
-    assert _stalls([0.1, 0.2, 0.3]) == 0
-    assert _stalls([0.3, 0.2, 0.1]) == 1
-    assert _stalls([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
+    assert plateaus([0.1, 0.2, 0.3]) == 0
+    assert plateaus([0.3, 0.2, 0.1]) == 1
+    assert plateaus([0.3, 0.2, 0.1, 0.2, 0.1, 0.4]) == 2
 
 
 SHARED = """
     import sys
     import torch
     from carvana import models
-    from carvana.training import trainer as training
-    def without_batch_statistics(network):
+    from carvana.training import launch
+    def without_batch_statistics(config):
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 1))
-    models._build = without_batch_statistics
-    sys.exit(training.main(sys.argv[1:]))
+    models.build_network = without_batch_statistics
+    sys.exit(launch.main(sys.argv[1:]))
 """
-
-
-def begun(data, run_dir, **changes) -> Path:
-    """A run as 03_train leaves it before its first step."""
-    chosen = recipe(optimizer="sgd", loss="bce", ema=0.0, epochs=2, clip_norm=0.0, weight_decay=0.0, **changes)
-    folds.folds_of_run(run_dir, photos.index(data), 2, 0, 1)
-    write_run(run_dir, vars(chosen) | {"data_dir": str(data), "hq": False, "exclude": ""}, "key")
-    return run_dir
 
 
 def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, tmp_path):
     script = tmp_path / "shared.py"
     script.write_text(textwrap.dedent(SHARED))
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    for run, batch_size, options in (("one", 4, []), ("two", 2, ["-m", *launch])):
-        run_dir = begun(shared_competition, tmp_path / run, batch_size=batch_size)
-        command = [sys.executable, *options, str(script), str(run_dir), "0"]
+    for name, batch_size, options in (("one", 4, []), ("two", 2, ["-m", *launch])):
+        begun(shared_competition, tmp_path / name, batch_size=batch_size)
+        command = [sys.executable, *options, str(script), str(tmp_path), name, "0"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
     one, two = (load_file(tmp_path / run / "fold0" / "last.safetensors") for run in ("one", "two"))
@@ -235,27 +219,23 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, t
 
 
 def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(shared_competition, tmp_path):
-    run_dir = begun(shared_competition, tmp_path, batch_size=2)
-    chosen, pictures = Recipe.of(read_json(run_dir / "run.json")["parameters"]), photos.index(shared_competition)
-    source = dataset.Decoded(photos.photographs(shared_competition, "train"), pictures, chosen.height, chosen.width)
-    dealt = folds.read_folds(run_dir)
-    state = training.Fold(chosen, pictures, source, dealt, 0, run_dir, processes=2)
-    (run_dir / "run.json").write_text(
-        json.dumps({"parameters": vars(chosen) | {"data_dir": "nowhere", "hq": False, "exclude": ""}})
-    )
+    run = begun(shared_competition, tmp_path / "run", batch_size=2)
+    chosen = Recipe.from_parameters(run.parameters())
+    trainer = Trainer(run, Competition(shared_competition), chosen, 0, processes=2)
+    trainer.competition.folder = tmp_path / "nowhere"
     with pytest.raises(UserError, match="nowhere"):
-        training.train(state)
-    begun(shared_competition, tmp_path, batch_size=2)
-    history = training.train(state)
-    assert state.finished
+        train(trainer)
+    trainer.competition.folder = shared_competition
+    history = train(trainer)
+    assert trainer.finished
     assert history["pictures"].tolist() == [0, 8, 16]
 
 
-@pytest.mark.parametrize("number", [-1, 2])
-def test_a_fold_that_the_run_does_not_have_is_refused(shared_competition, tmp_path, number):
-    with pytest.raises(UserError, match=f"fold is {number}, but the run has the folds 0 to 1"):
-        fold_of(shared_competition, tmp_path, number)
+@pytest.mark.parametrize("fold", [-1, 2])
+def test_a_fold_that_the_run_does_not_have_is_refused(shared_competition, tmp_path, fold):
+    with pytest.raises(UserError, match=f"fold is {fold}, but the run has the folds 0 to 1"):
+        trainer_of(shared_competition, tmp_path, fold)
 
 
 def test_text_from_a_yaml_file_becomes_the_number_it_means():
-    assert Recipe.of(RECIPE | {"lr": "2e-3", "ema": 0}).lr == 0.002
+    assert Recipe.from_parameters(RECIPE | {"lr": "2e-3", "ema": 0}).lr == 0.002

@@ -1,9 +1,10 @@
-"""Training pictures at network size: the uint8 cache, and albumentations with random states that never repeat."""
+"""Training samples at network size: the uint8 cache, and albumentations with random states that never repeat."""
 
 import fcntl
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import albumentations as A
@@ -14,39 +15,43 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from carvana import rle
-from carvana.data.competition import Archive, picture
-from carvana.files import UserError, fingerprint, overlapped, progress
+from carvana.data.competition import Competition
+from carvana.data.images import Archive, mask_of, read_image
+from carvana.errors import UserError
+from carvana.files import fingerprint
 from carvana.grid import Grid
+from carvana.parallel import overlapped, progress
 
 LAYOUT = "picture, target"  # of a cached item: another layout is another cache
+Item = tuple[np.ndarray, np.ndarray]  # image (height, width, 3) uint8 RGB, soft target (height, width) uint8, 255 = car
 
 
-class Decoded(Sequence):
-    """Pictures and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8.
+class DecodedSamples(Sequence[Item]):
+    """Images and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8.
 
-    `key` changes when the photographs, names, masks or the size change.
+    `key` changes when the images, names, masks or the size change.
     """
 
-    def __init__(self, photos: Archive, pictures: pd.DataFrame, height: int, width: int):
-        self.photos, self.height, self.width = photos, height, width
-        self.names, self.rles = pictures["img"].tolist(), pictures["rle"].tolist()
-        self.key = f"{height}x{width}-{fingerprint(photos.stamp(), self.names, self.rles, LAYOUT)}"
+    def __init__(self, images: Archive, samples: pd.DataFrame, height: int, width: int):
+        self.images, self.height, self.width = images, height, width
+        self.samples = list(samples.itertuples())
+        names, masks = samples["img"].tolist(), samples["rle"].tolist()
+        self.key = f"{height}x{width}-{fingerprint(images.stamp(), names, masks, LAYOUT)}"
 
     def __len__(self) -> int:
-        """Number of pictures."""
-        return len(self.names)
+        """Number of samples."""
+        return len(self.samples)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Decode one picture, and its mask from the run lengths, on the same grid."""
-        image, full = picture(self.photos, self.names[i], self.height, self.width)
-        return image, Grid(*full, self.height, self.width).soft_target(rle.decode(self.rles[i], *full))
+    def __getitem__(self, i: int) -> Item:
+        """Decode one image, and its mask from the run lengths, on the same grid."""
+        image, full = read_image(self.images, self.samples[i].img, self.height, self.width)
+        return image, Grid(*full, self.height, self.width).soft_target(mask_of(self.samples[i]))
 
 
-class Cached(Sequence):
+class CachedSamples(Sequence[Item]):
     """The same from one memory-mapped file of (n, 4, height, width) uint8, each item in one piece.
 
-    The first three quarters of an item are the picture as (height, width, 3), the last is the target.
+    The first three quarters of an item are the image as (height, width, 3), the last is the target.
     """
 
     def __init__(self, path: Path):
@@ -54,20 +59,25 @@ class Cached(Sequence):
         self.array = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of samples."""
         return len(self.array)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """One picture and its target, not copied, so not to be written to."""
+    def __getitem__(self, i: int) -> Item:
+        """One image and its target, not copied, so not to be written to."""
         item = self.array[i]
         return item[:3].reshape(*item.shape[1:], 3), item[3]
 
     def __reduce__(self):
         """A copy for another process maps the file again."""
-        return Cached, (self.path,)
+        return CachedSamples, (self.path,)
 
 
-def cached(source: Decoded, folder: Path) -> Sequence:
+def training_samples(competition: Competition, height: int, width: int, folder: Path) -> DecodedSamples | CachedSamples:
+    """The competition's samples at network size, through a cache file in `folder`."""
+    return cached(DecodedSamples(competition.train_images, competition.samples, height, width), folder)
+
+
+def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSamples:
     """`source` through a cache file in `folder`, built once; `source` itself where the cache would fill half the disk.
 
     The file's name holds what it depends on. Folds that start together wait for the one that builds it.
@@ -80,10 +90,10 @@ def cached(source: Decoded, folder: Path) -> Sequence:
             if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
                 return source
             _build(source, path)
-    return Cached(path)
+    return CachedSamples(path)
 
 
-def _build(source: Decoded, path: Path) -> None:
+def _build(source: DecodedSamples, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     shape = len(source), 4, source.height, source.width
     try:
@@ -102,76 +112,86 @@ def _build(source: Decoded, path: Path) -> None:
     temporary.replace(path)
 
 
-class TrainingPictures(Dataset):
-    """Augmented pictures of one fold; an item is chosen by (epoch, i), so that its random state is its own.
+class TrainDataset(Dataset):
+    """Augmented samples of one fold; an item is named by (epoch, i), so that its random state is its own.
 
-    Returns the picture (h, w, 3) uint8, the target (h, w) uint8 with 255 = car, and its row in `source`.
+    Returns the image (h, w, 3) uint8, the target (h, w) uint8 with 255 = car, and its row in `source`.
     """
 
-    def __init__(self, source: Sequence, rows: np.ndarray, augment: A.Compose, seed: int):
+    def __init__(self, source: Sequence[Item], rows: np.ndarray, augment: A.Compose, seed: int):
         self.source, self.rows, self.augment, self.seed = source, rows, augment, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Resuming, or another number of workers, gives the same picture for the same key."""
+        """Resuming, or another number of workers, gives the same sample for the same key."""
         epoch, i = key
         row = int(self.rows[i])
         image, target = self.source[row]
         self.augment.set_random_seed(int(np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]))
-        made = self.augment(image=np.array(image), mask=np.array(target))
-        return torch.from_numpy(made["image"]), torch.from_numpy(made["mask"]), row
+        augmented = self.augment(image=np.array(image), mask=np.array(target))
+        return torch.from_numpy(augmented["image"]), torch.from_numpy(augmented["mask"]), row
 
 
-def batches(n: int, batch_size: int, accumulate: int, epochs: int, seed: int) -> list[list[tuple[int, int]]]:
-    """Keys (epoch, i) of every batch of a whole training, each epoch in an order of its own.
+def batches(n: int, batch_size: int, group_size: int, epochs: int, seed: int) -> list[list[tuple[int, int]]]:
+    """Keys (epoch, i) of every batch of a whole training on `n` samples, each epoch in an order of its own.
 
-    Only whole batches, in whole groups of `accumulate`: no batch statistics of a rest of one picture, and no gradient
-    under way where an epoch ends. What is left over sits out this epoch; a fold too small for one group repeats.
+    Only whole batches, in whole groups of `group_size` batches that make one step of the optimiser: no batch statistics
+    of a single image, and an epoch ends with such a step. What is left over sits out this epoch; a fold too small for
+    one group repeats.
     """
-    group = batch_size * accumulate
+    group = batch_size * group_size
     used = max(1, n // group) * group
-    made = []
+    keys = []
     for epoch in range(epochs):
         order = np.resize(np.random.default_rng([seed, epoch]).permutation(n), used).tolist()
-        made += [[(epoch, i) for i in order[first : first + batch_size]] for first in range(0, used, batch_size)]
-    return made
+        keys += [[(epoch, i) for i in order[first : first + batch_size]] for first in range(0, used, batch_size)]
+    return keys
 
 
-def resized(pictures: torch.Tensor, targets: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def resized(images: torch.Tensor, targets: torch.Tensor, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch at another size, on its device: (B, h, w, 3) and (B, h, w) uint8 -> the same of (height, width)."""
-    stacked = torch.cat([pictures, targets.unsqueeze(-1)], -1).permute(0, 3, 1, 2).float()
-    made = interpolate(stacked, size, mode="bilinear", antialias=True).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return made[..., :3], made[..., 3]
+    stacked = torch.cat([images, targets.unsqueeze(-1)], -1).permute(0, 3, 1, 2).float()
+    smooth = interpolate(stacked, size, mode="bilinear", antialias=True).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return smooth[..., :3], smooth[..., 3]
 
 
-def augmentation(
-    hflip: float, crop_height: int, crop_width: int, brightness: float, contrast: float,
-    scale: float, shift: float, rotate: float,
-) -> A.Compose:  # fmt: skip
-    """The albumentations pipeline; every argument at 0 leaves its part out.
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training sample; 0 leaves one out.
 
-    hflip: probability of a mirror image. crop_height, crop_width: a random cut of that many network pixels.
-    brightness, contrast: largest change, 0.2 = 20 %. scale, shift: largest change as a share of the picture.
+    hflip: probability of a mirror image. crop_height, crop_width: a random crop of that many network pixels.
+    brightness, contrast: largest change, 0.2 = 20 %. scale, shift: largest change as a share of the image.
     rotate: largest angle in degrees.
     """
-    steps = []
-    if hflip:
-        steps.append(A.HorizontalFlip(p=hflip))
-    if scale or shift or rotate:
-        steps.append(_affine(scale, shift, rotate))
-    if crop_height and crop_width:
-        steps.append(A.RandomCrop(crop_height, crop_width, pad_if_needed=True))
-    if brightness or contrast:
-        steps.append(A.RandomBrightnessContrast(brightness, contrast, p=0.5))
-    return A.Compose(steps)
 
+    hflip: float = 0.0
+    crop_height: int = 0
+    crop_width: int = 0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+    rotate: float = 0.0
 
-def _affine(scale: float, shift: float, rotate: float) -> A.Affine:
-    return A.Affine(
-        scale=(1 - scale, 1 + scale),
-        translate_percent=(-shift, shift),
-        rotate=(-rotate, rotate),
-        interpolation=cv2.INTER_LINEAR,
-        mask_interpolation=cv2.INTER_LINEAR,  # targets are soft
-        border_mode=cv2.BORDER_REPLICATE,
-        p=0.5,
-    )
+    def compose(self) -> A.Compose:
+        """The albumentations pipeline."""
+        steps = []
+        if self.hflip:
+            steps.append(A.HorizontalFlip(p=self.hflip))
+        if self.scale or self.shift or self.rotate:
+            steps.append(self._affine())
+        if self.crop_height and self.crop_width:
+            steps.append(A.RandomCrop(self.crop_height, self.crop_width, pad_if_needed=True))
+        if self.brightness or self.contrast:
+            steps.append(A.RandomBrightnessContrast(self.brightness, self.contrast, p=0.5))
+        return A.Compose(steps)
+
+    def _affine(self) -> A.Affine:
+        return A.Affine(
+            scale=(1 - self.scale, 1 + self.scale),
+            translate_percent=(-self.shift, self.shift),
+            rotate=(-self.rotate, self.rotate),
+            interpolation=cv2.INTER_LINEAR,
+            mask_interpolation=cv2.INTER_LINEAR,  # targets are soft
+            border_mode=cv2.BORDER_REPLICATE,
+            p=0.5,
+        )

@@ -14,7 +14,9 @@ import pandas as pd
 from PIL import Image
 
 from carvana import rle
-from carvana.files import UserError, atomic, need_space, progress, read_json, write_json
+from carvana.errors import UserError
+from carvana.files import atomic, need_space, read_json, write_json, write_text
+from carvana.parallel import progress
 
 VERSION, VIEWS, HEIGHT, WIDTH = 2, 16, 1280, 1918
 MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
@@ -41,8 +43,7 @@ FITTINGS = [  # where; left and right as shares of the length or of half the wid
     (NOSE, -0.17, 0.17, 0.27, 0.35, PLATE), (TAIL, -0.17, 0.17, 0.42, 0.51, PLATE), (FLANK, 0.3, 0.7, 0.15, 0.2, DARK),
     (TAIL, 0.66, 0.94, 0.5, 0.61, RED), (TAIL, -0.82, 0.82, 0.72, 0.95, GLASS), (NOSE, -0.82, 0.82, 0.72, 0.95, GLASS),
 ]  # fmt: skip
-SKIN = 2048, 512  # columns and rows of a drawing of what covers the body
-CIRCLE = np.linspace(0, 2 * np.pi, 145)
+SKIN, CIRCLE = (2048, 512), np.linspace(0, 2 * np.pi, 145)  # columns and rows of what covers the body; angles
 
 
 class Car:
@@ -116,11 +117,11 @@ def _studio(rng, car):
     floor = np.float32((182, 181, 178)) + 34 * rows - 6 * columns**2
     image = np.where(rows > edge + 0.03 * columns**2, floor, wall * (1 - 0.04 * columns**2 - 0.03 * rows))
     image = np.clip(image * np.float32(rng.uniform(0.96, 1.02) + rng.normal(0, 0.006, 3)), 0, 255).astype(np.uint8)
-    table = _Scene(car, 0).at(_oval(-3.2, 3.2, -3.2, 3.2))
+    table = Scene(car, 0).at(_oval(-3.2, 3.2, -3.2, 3.2))
     return cv2.polylines(image, [_pixels(table)], True, (150, 152, 150), 2, cv2.LINE_AA, shift=4)
 
 
-class _Scene:
+class Scene:
     """A car before a level camera, on a canvas; azimuth: radians, 0 before the nose."""
 
     def __init__(self, car, azimuth):
@@ -130,11 +131,11 @@ class _Scene:
         self.canvas = np.zeros((HEIGHT, WIDTH, 4), np.uint8)  # red, green, blue, cover: 0 or 255
 
     def at(self, points):
-        """Positions in the picture (..., 2) of points (..., 3), or (..., 2) on the floor."""
+        """Positions in the image (..., 2) of points (..., 3), or (..., 2) on the floor."""
         seen = points @ self.axes[:, : points.shape[-1]].T + (0, self.car.height, self.car.distance)
         return np.float32(seen[..., :2] * self.car.focal / seen[..., 2:] + self.car.centre)
 
-    def solid(self, points, colour):
+    def _solid(self, points, colour):
         _fill(self.canvas, cv2.convexHull(self.at(points)), (*np.float64(colour), 255))
 
     def shade(self):
@@ -217,68 +218,68 @@ class _Scene:
         for side in (-1, 1):
             foot = self.car.size * (0.47 - self.car.glass[0], 0.53 * side, BELT + 0.055)
             if (foot @ self.axes[2] > 0) == behind:
-                self.solid(box + foot, np.array(self.car.paint[:3]) * 210 + 8)
+                self._solid(box + foot, np.array(self.car.paint[:3]) * 210 + 8)
 
     def draw(self):
         """Draw the car, what lies behind first."""
         self.mirrors(behind=True)
-        self.solid(np.array([*product((-0.44, 0.43), (-0.44, 0.44), (0.2, 0.5))]) * self.car.size, (13, 13, 13))
+        self._solid(np.array([*product((-0.44, 0.43), (-0.44, 0.44), (0.2, 0.5))]) * self.car.size, (13, 13, 13))
         for side, x in product(sorted((-1, 1), key=lambda side: side * self.eye[1]), self.car.axles):
             self.wheel(x, side)
         aerial = np.array([(0.02, 0.007, 0), (0, -0.007, 0), (-0.16, 0.006, 0.36), (-0.16, -0.006, 0.36)])
-        self.solid(aerial + self.car.size * (-0.12, 0, 0.93), TONES[DARK])
+        self._solid(aerial + self.car.size * (-0.12, 0, 0.93), TONES[DARK])
         self.body()
         self.mirrors(behind=False)
 
 
 def render(car, view, rng):
-    """A photograph, (HEIGHT, WIDTH, 3) uint8, and its mask, (HEIGHT, WIDTH) bool; view: 1..16."""
-    scene = _Scene(car, (view - 1) * 2 * np.pi / VIEWS + car.turn)
+    """An image, (HEIGHT, WIDTH, 3) uint8, and its mask, (HEIGHT, WIDTH) bool; view: 1..16."""
+    scene = Scene(car, (view - 1) * 2 * np.pi / VIEWS + car.turn)
     scene.draw()
-    picture = cv2.multiply(car.studio, cv2.merge([scene.shade()] * 3), scale=1 / 255)
-    cv2.copyTo(cv2.cvtColor(scene.canvas, cv2.COLOR_RGBA2RGB), scene.canvas[..., 3], picture)
-    noise = np.frombuffer(rng.bytes(picture.size), np.int8).reshape(picture.shape) >> 7
-    return cv2.add(cv2.GaussianBlur(picture, (5, 5), 0.8), noise, dtype=cv2.CV_8U), scene.canvas[..., 3] > 0
+    image = cv2.multiply(car.studio, cv2.merge([scene.shade()] * 3), scale=1 / 255)
+    cv2.copyTo(cv2.cvtColor(scene.canvas, cv2.COLOR_RGBA2RGB), scene.canvas[..., 3], image)
+    noise = np.frombuffer(rng.bytes(image.size), np.int8).reshape(image.shape) >> 7
+    return cv2.add(cv2.GaussianBlur(image, (5, 5), 0.8), noise, dtype=cv2.CV_8U), scene.canvas[..., 3] > 0
 
 
-def _write_view(folder, part, car, view, rng):
-    """Write a picture, in train with its mask, unless they are there; returns its name and the mask's run lengths."""
-    picture = folder / part / f"{car.id}_{view:02d}.jpg"
-    mask_file = folder / "train_masks" / f"{picture.stem}_mask.gif"
-    if picture.exists() and mask_file.exists():
-        return picture.name, rle.encode(np.array(Image.open(mask_file)))
+def _write_view(folder, split, car, view, rng):
+    """Write an image, in train with its mask, unless they are there; returns its name and the mask's run lengths."""
+    image_file = folder / split / f"{car.id}_{view:02d}.jpg"
+    mask_file = folder / "train_masks" / f"{image_file.stem}_mask.gif"
+    if image_file.exists() and mask_file.exists():
+        return image_file.name, rle.encode(np.array(Image.open(mask_file)))
     image, mask = render(car, view, rng)
-    with atomic(picture) as file:
+    with atomic(image_file) as file:
         Image.fromarray(image).save(file, "JPEG", quality=90)
-    if part == "train":
+    if split == "train":
         paletted = Image.fromarray(mask.view(np.uint8))
         paletted.putpalette([0, 0, 0, 255, 255, 255])
         with atomic(mask_file) as file:
             paletted.save(file, "GIF")
-    return picture.name, rle.encode(mask)
+    return image_file.name, rle.encode(mask)
 
 
 def _write_car(folder, key):
     """Write the views of a car; key: seed, 0 for train or 1 for test, number; returns its rows of the tables."""
-    car, part = Car(np.random.default_rng(key), key[2]), ("train", "test")[key[1]]
-    views = [_write_view(folder, part, car, view, np.random.default_rng((*key, view))) for view in range(1, VIEWS + 1)]
+    car, split = Car(np.random.default_rng(key), key[2]), ("train", "test")[key[1]]
+    views = [_write_view(folder, split, car, view, np.random.default_rng((*key, view))) for view in range(1, VIEWS + 1)]
     return car.row, pd.DataFrame(views, columns=["img", "rle_mask"])
 
 
 def _complete(folder, wanted):
     """Whether `folder` holds this demo; UserError where it holds something else."""
-    found = read_json(folder / "demo.json") if (folder / "demo.json").exists() else {}
-    if {name: found.get(name) for name in wanted} != wanted and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds no demo, or another one: {found}. Use another folder or delete it.")
+    note = read_json(folder / "demo.json") if (folder / "demo.json").exists() else {}
+    if {name: note.get(name) for name in wanted} != wanted and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds no demo, or another one: {note}. Use another folder or delete it.")
     files = sum(len(list(folder.glob(names))) for names in ("t*/*.jpg", "train_masks/*.gif", "*.csv"))
-    return found.get("complete") and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
+    return note.get("complete") and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
 
 
 def write_competition(folder, cars=12, test_cars=4, seed=1):
-    """Write the demo in the competition's layout, 16 pictures a car; returns at once where it is all there.
+    """Write the demo in the competition's layout, 16 images a car; returns at once where it is all there.
 
     folder: new, empty, or this demo begun before, which is finished. cars, test_cars: 1 or more. A larger demo of the
-    same seed holds the cars of a smaller one. `truth.csv` holds the run lengths of the test pictures.
+    same seed holds the cars of a smaller one. `truth.csv` holds the run lengths of the test images.
     """
     folder, wanted = Path(folder), {"version": VERSION, "cars": cars, "test_cars": test_cars, "seed": seed}
     if min(cars, test_cars) < 1 or seed < 0:
@@ -295,6 +296,5 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
     columns = ["id", "year", "make", "model", "trim1", "trim2"]
     tables["metadata"] = pd.DataFrame(sorted(row for row, _ in done), columns=columns)
     for name, table in tables.items():
-        with atomic(folder / f"{name}.csv") as file:
-            table.to_csv(file, index=False)
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_json(folder / "demo.json", wanted | {"complete": True})

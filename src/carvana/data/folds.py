@@ -1,30 +1,28 @@
 """Cars into folds: the 16 views of a car never stand in two folds."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from carvana.files import UserError, write_text
+from carvana.errors import UserError
 
 HOLDOUT = -1  # the fold of cars that no fold trains or selects on
 
 
-def make_folds(pictures: pd.DataFrame, n_folds: int, holdout_cars: int, seed: int) -> pd.DataFrame:
+def make_folds(samples: pd.DataFrame, n_folds: int, holdout_cars: int, seed: int) -> pd.DataFrame:
     """Table car, fold (0 .. n_folds - 1, -1 = held out), balanced by mask area and number of views.
 
     Cars in order of area are cut into groups of `n_folds`, and each group is dealt out by chance, the car with most
-    views to the fold with fewest pictures. Held-out cars are spread over the areas in the same way.
+    views to the fold with fewest images. Held-out cars are spread over the areas in the same way.
     """
-    cars = pictures.groupby("car").agg(area=("area", "mean"), views=("img", "size")).sort_values(["area", "views"])
+    cars = samples.groupby("car").agg(area=("area", "mean"), views=("img", "size")).sort_values(["area", "views"])
     _check(len(cars), n_folds, holdout_cars)
     random = np.random.default_rng(seed)
     held_out = _spread(len(cars), holdout_cars, random)
     fold_of = dict.fromkeys(cars.index[held_out], HOLDOUT)
     sizes = np.zeros(n_folds, dtype=int)
-    rest = cars[~held_out]
-    for first in range(0, len(rest), n_folds):
-        group = rest.iloc[first : first + n_folds]
+    dealt = cars[~held_out]
+    for first in range(0, len(dealt), n_folds):
+        group = dealt.iloc[first : first + n_folds]
         folds = random.permutation(n_folds)
         folds = folds[np.argsort(sizes[folds], kind="stable")]
         ranked = group["views"].sort_values(ascending=False, kind="stable")
@@ -50,26 +48,3 @@ def _spread(n_cars: int, holdout_cars: int, random: np.random.Generator) -> np.n
     bounds = np.linspace(0, n_cars, holdout_cars + 1).astype(int)
     marked[[random.integers(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]] = True
     return marked
-
-
-def folds_of_run(run_dir: Path, pictures: pd.DataFrame, n_folds: int, holdout_cars: int, seed: int) -> pd.DataFrame:
-    """The run's folds.csv, written by whoever comes first; UserError where it belongs to other cars or parameters."""
-    path = run_dir / "folds.csv"
-    made = make_folds(pictures, n_folds, holdout_cars, seed)
-    if not path.exists():
-        write_text(path, made.to_csv(index=False))
-    found = read_folds(run_dir)
-    if not found.equals(made):
-        raise UserError(
-            f"{path} was made with other cars, masks, exclude, n_folds, holdout_cars or seed. "
-            "Choose another run_name, or delete the run to start it anew."
-        )
-    return found
-
-
-def read_folds(run_dir: Path) -> pd.DataFrame:
-    """Table car, fold of a run; UserError where the run has none."""
-    path = run_dir / "folds.csv"
-    if not path.exists():
-        raise UserError(f"{path} does not exist. Train with 03_train first, or correct run_name or runs_dir.")
-    return pd.read_csv(path, dtype={"car": str})

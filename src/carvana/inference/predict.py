@@ -1,214 +1,248 @@
-"""Run lengths of all photographs, in whole parts that processes and machines share and that a kill cannot spoil."""
+"""Run lengths of all images, in whole shards that processes and machines share and that a kill cannot spoil."""
 
 import fcntl
 import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from carvana import rle
-from carvana.data.competition import Archive
-from carvana.files import UserError, fingerprint, overlapped, progress, read_json, sha256, write_json, write_text
-from carvana.inference.ensemble import BROKEN, Ensemble, Photographs, Size, batched, blend, edges, unsure
+from carvana.data.competition import TestSet
+from carvana.data.images import Archive, Size
+from carvana.device import use_gpu
+from carvana.errors import UserError
+from carvana.files import fingerprint, read_json, sha256, write_json, write_text
+from carvana.inference.ensemble import Ensemble, EnsembleSpec
+from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, predict_batches
+from carvana.inference.logits import BlendedLogits, blend
+from carvana.parallel import overlapped, progress
 
-PART_SIZE = 512  # pictures a part: some seconds on a GPU, a minute on a CPU
+SHARD_SIZE = 512  # images a shard: some seconds on a GPU, a minute on a CPU
 
 
-@dataclass
-class Part:
-    """A slice of the rows, and the files that hold it: a csv of img,rle_mask and a json that vouches for it."""
+class PredictedMask(NamedTuple):
+    """Run lengths, area (share of the image) and boundary uncertainty; None for both where nothing could be decoded."""
+
+    rle: str
+    area: float | None
+    unsure: float | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A slice of the images, and the files that hold it: a csv of img,rle_mask and a json that vouches for it."""
 
     path: Path
     rows: range
 
     def finished(self, key: str) -> bool:
-        """Whether the part is whole and was made with the same members, views, threshold and photographs."""
+        """Whether the shard is whole and was made with the same checkpoints, tta, threshold and images."""
         note = self.path.with_suffix(".json")
         if not (self.path.exists() and note.exists()):
             return False
-        found = read_json(note)
-        return found["key"] == key and found["sha256"] == sha256(self.path)
+        facts = read_json(note)
+        return bool(facts["key"] == key and facts["sha256"] == sha256(self.path))
 
-    def write(self, key: str, names: list[str], masks: list[tuple[str, float | None, float | None]]) -> None:
-        """The csv first, then the json that makes it count.
-
-        masks: run lengths, area and `inference.unsure`; None for both where the photograph could not be decoded.
-        """
+    def write(self, key: str, names: list[str], masks: list[PredictedMask]) -> None:
+        """The csv first, then the json that makes it count."""
         texts, areas, unsure = zip(*masks, strict=True)
         write_text(self.path, pd.DataFrame({"img": names, "rle_mask": texts}).to_csv(index=False))
         note = {"key": key, "sha256": sha256(self.path), "names": names, "areas": areas, "unsure": unsure}
         write_json(self.path.with_suffix(".json"), note)
 
     def table(self) -> pd.DataFrame:
-        """Its pictures: img, area (share of the picture), unsure (see inference.unsure), part (path)."""
+        """Its images: img, area (share of the image), unsure (boundary uncertainty), part (path of the shard)."""
         note = read_json(self.path.with_suffix(".json"))
-        unknown = [None] * len(note["names"])  # a part from before `unsure` was measured stays valid
-        facts = {"area": note["areas"], "unsure": note.get("unsure", unknown)}
+        facts = {"area": note["areas"], "unsure": note["unsure"]}
         return pd.DataFrame({"img": note["names"], **facts, "part": str(self.path)}).astype(dict.fromkeys(facts, float))
 
 
-@dataclass
-class Prediction:
-    """Everything that decides the run lengths of `names`, and where their parts are."""
+@dataclass(frozen=True)
+class Options:
+    """How images are predicted; none of it changes a mask.
 
-    ensemble: Ensemble
-    photos: Archive
-    names: list[str]
-    folder: Path
-    batch_size: int
-    skip_broken: bool = False
-    part_size: int = PART_SIZE
-
-    def __post_init__(self):
-        """Slice the rows into parts, and name what they depend on."""
-        chosen = self.ensemble
-        members = [sha256(path) for path in chosen.paths], chosen.weights, chosen.views, chosen.threshold
-        self.key = fingerprint(*members, self.photos.stamp(), self.names)
-        starts = range(0, len(self.names), self.part_size)
-        rows = [range(first, min(first + self.part_size, len(self.names))) for first in starts]
-        self.parts = [Part(self.folder / f"part-{i:05d}.csv", of_part) for i, of_part in enumerate(rows)]
-
-
-def predict(
-    ensemble: Ensemble, photos: Archive, names: list[str], folder: Path, batch_size: int = 8, workers: int = -1,
-    max_hours: float = 0, processes: int = 1, skip_broken: bool = False, part_size: int = PART_SIZE,
-) -> pd.DataFrame:  # fmt: skip
-    """Write run lengths of all photographs to parts in `folder`; computes only those that are missing.
-
-    Parts are shared with every other process that predicts the same into the same folder, `processes` of which are
-    started here. A photograph that cannot be decoded ends the work; with `skip_broken` its run lengths are empty and
-    its area is NaN. Returns a table of the finished parts' pictures: img, area (share of the picture), unsure (see
-    inference.unsure), part (path); shorter than `names` where `max_hours` ended before the last part.
+    workers: processes that decode, -1 for what suits the device. max_hours: stop after the first shard that ends
+    later, 0 for no limit. processes: that share the work, each with a device of its own. skip_broken: an image that
+    cannot be decoded gets empty run lengths and the area NaN; else it ends the work.
     """
-    prediction = Prediction(ensemble, photos, names, folder, batch_size, skip_broken, part_size)
-    deadline = time.time() + max_hours * 3600 if max_hours else float("inf")
+
+    batch_size: int = 8
+    workers: int = -1
+    max_hours: float = 0.0
+    processes: int = 1
+    skip_broken: bool = False
+    shard_size: int = SHARD_SIZE
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Everything that decides the run lengths of a test set, and the folder of its shards."""
+
+    spec: EnsembleSpec
+    test: TestSet
+    folder: Path
+    options: Options
+
+    @cached_property
+    def key(self) -> str:
+        """Changes with what the masks depend on."""
+        spec, images = self.spec, self.test.images
+        hashes = [sha256(path) for path in spec.checkpoints]
+        settings = list(spec.weights), list(spec.tta), spec.threshold
+        return fingerprint(hashes, *settings, images.stamp(), self.test.names)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Consecutive slices of the images."""
+        n, size = len(self.test.names), self.options.shard_size
+        rows = [range(first, min(first + size, n)) for first in range(0, n, size)]
+        return [Shard(self.folder / f"part-{i:05d}.csv", of_shard) for i, of_shard in enumerate(rows)]
+
+
+def predict_run_lengths(
+    ensemble: Ensemble, test: TestSet, folder: Path, options: Options | None = None
+) -> pd.DataFrame:  # fmt: skip
+    """Write run lengths of all images to shards in `folder`; computes only those that are missing.
+
+    Shards are shared with every other process that predicts the same into the same folder. Returns a table of the
+    finished shards' images, as `Shard.table`; shorter than the test set where max_hours ended before the last shard.
+    """
+    options = options or Options()
+    prediction = Prediction(ensemble.spec, test, folder, options)
+    deadline = time.time() + options.max_hours * 3600 if options.max_hours else float("inf")
     folder.mkdir(parents=True, exist_ok=True)
-    with _helpers(prediction, workers, deadline, processes - 1):
-        _work(prediction, workers, deadline)
-    tables = [part.table() for part in prediction.parts if part.finished(prediction.key)]
+    with _helpers(prediction, deadline):
+        _work(prediction, ensemble, deadline)
+    tables = [shard.table() for shard in prediction.shards if shard.finished(prediction.key)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "unsure", "part"])
 
 
-def _work(prediction: Prediction, workers: int, deadline: float, show: bool = True) -> None:
-    """Take parts that nobody works on until none is missing, or the deadline has passed; at least one part is done."""
-    missing = list(enumerate(prediction.parts))
+def predict_probabilities(
+    ensemble: Ensemble, images: Archive, names: Sequence[str], batch_size: int = 4
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Probabilities of car at full size, (H, W) float32 in [0, 1], of a few images to look at."""
+    dataset = InferenceDataset(images, list(names), ensemble.sizes)
+    for batch in predict_batches(ensemble, dataset, in_batches(len(names), batch_size), workers=0):
+        for blended, size in zip(blend(batch.logits, ensemble.spec.weights), batch.full_sizes, strict=True):
+            yield 1 / (1 + np.exp(-blended.enlarge(size)))
+
+
+def _work(prediction: Prediction, ensemble: Ensemble, deadline: float, show: bool = True) -> None:
+    """Take shards that nobody works on until none is missing, or the deadline has passed; at least one is done."""
+    missing, n = list(enumerate(prediction.shards)), len(prediction.test.names)
     with (
         (prediction.folder / "claims.lock").open("a") as lock,
-        progress(None, "predicting", total=len(prediction.names), disable=not show) as bar,
+        progress(None, "predicting", total=n, disable=not show) as bar,
     ):
         while True:
-            missing = [(number, part) for number, part in missing if not part.finished(prediction.key)]
-            bar.update(len(prediction.names) - sum(len(part.rows) for _, part in missing) - bar.n)
-            claims = _Claims(prediction, missing, lock, deadline)
+            missing = [(number, shard) for number, shard in missing if not shard.finished(prediction.key)]
+            bar.update(n - sum(len(shard.rows) for _, shard in missing) - bar.n)
+            claims = Claims(prediction, missing, lock, deadline)
             batches = iter(claims)
             if first := next(batches, None):
-                _finish(prediction, claims, chain([first], batches), workers, bar)
+                _finish(claims, ensemble, chain([first], batches), bar)
             if time.time() > deadline or len(claims.taken) == len(missing):
                 return
-            time.sleep(0 if claims.taken else 1)  # the rest is being done elsewhere, unless that process dies
+            time.sleep(0 if claims.taken else 1)  # the others are being done elsewhere, unless that process dies
 
 
-class _Claims:
-    """Batches of rows of parts that no other process works on; iterating claims part after part.
+class Claims:
+    """Batches of rows of shards that no other process works on; iterating claims shard after shard.
 
     A claim is a lock on one byte of a file, so it ends with the process, however that ends.
     """
 
-    def __init__(self, prediction: Prediction, missing: list[tuple[int, Part]], lock: IO, deadline: float):
+    def __init__(self, prediction: Prediction, missing: list[tuple[int, Shard]], lock: IO[str], deadline: float):
         self.prediction, self.missing, self.lock, self.deadline = prediction, missing, lock, deadline
         self.taken: list[int] = []
 
     def __iter__(self) -> Iterator[list[int]]:
-        """A batch never holds rows of two parts."""
-        size = self.prediction.batch_size
-        for number, part in self.missing:
+        """A batch never holds rows of two shards."""
+        size = self.prediction.options.batch_size
+        for number, shard in self.missing:
             if self.taken and time.time() > self.deadline:
                 return
-            if self._claim(number, part):
+            if self._claim(number, shard):
                 self.taken.append(number)
-                yield from (list(part.rows[first : first + size]) for first in range(0, len(part.rows), size))
+                yield from (list(shard.rows[first : first + size]) for first in range(0, len(shard.rows), size))
 
-    def _claim(self, number: int, part: Part) -> bool:
+    def _claim(self, number: int, shard: Shard) -> bool:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except OSError:
             return False
-        if not part.finished(self.prediction.key):
+        if not shard.finished(self.prediction.key):
             return True
         self.release(number)  # another process has written it in between
         return False
 
     def release(self, number: int) -> None:
-        """Let go of a part that is written."""
+        """Let go of a shard that is written."""
         fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, number)
 
 
-def _finish(prediction: Prediction, claims: _Claims, batches: Iterable[list[int]], workers: int, bar: tqdm) -> None:
-    """Predict all rows of `batches` and write each part when its last row is encoded."""
-    masks, spent, began = [], Counter(), time.monotonic()
-    for row, *mask in overlapped(_encode, _blended(prediction, batches, workers, spent)):
+def _finish(claims: Claims, ensemble: Ensemble, row_batches: Iterable[list[int]], bar: tqdm) -> None:
+    """Predict all rows of the batches and write each shard when its last row is encoded."""
+    prediction, masks = claims.prediction, []
+    for row, mask in overlapped(_encode, _blended(prediction, ensemble, row_batches, bar)):
         masks.append(mask)
-        bar.set_postfix_str(_waits(spent, time.monotonic() - began), refresh=False)
         bar.update()
-        number = row // prediction.part_size
-        part = prediction.parts[number]
-        if row == part.rows[-1]:
-            part.write(prediction.key, [prediction.names[i] for i in part.rows], masks)
+        number = row // prediction.options.shard_size
+        shard = prediction.shards[number]
+        if row == shard.rows[-1]:
+            shard.write(prediction.key, [prediction.test.names[i] for i in shard.rows], masks)
             claims.release(number)
             masks = []
 
 
-def _waits(spent: Counter, seconds: float) -> str:
+def _blended(
+    prediction: Prediction, ensemble: Ensemble, row_batches: Iterable[list[int]], bar: tqdm
+) -> Iterator[tuple[int, BlendedLogits, Size, float]]:  # fmt: skip
+    """What `_encode` takes for each image; the network works on while threads encode what it gave before."""
+    options, test, spent, began = prediction.options, prediction.test, Counter[str](), time.monotonic()
+    dataset = InferenceDataset(test.images, test.names, ensemble.sizes, options.skip_broken)
+    for batch in predict_batches(ensemble, dataset, row_batches, options.workers):
+        blended = blend(batch.logits, ensemble.spec.weights)
+        for row, logits, size in zip(batch.rows, blended, batch.full_sizes, strict=True):
+            yield row, logits, size, ensemble.spec.logit_threshold
+        spent.update({"decode": batch.decode_seconds, "network": batch.network_seconds})
+        bar.set_postfix_str(_shares(spent, time.monotonic() - began), refresh=False)
+
+
+def _shares(spent: Counter[str], seconds: float) -> str:
     """Where the time goes; what is neither decoding nor network is waiting for the encoder and the disk."""
     shares = {name: spent[name] / seconds for name in ("decode", "network")}
     return ", ".join(f"{name} {share:.0%}" for name, share in {**shares, "encode": 1 - sum(shares.values())}.items())
 
 
-def _blended(prediction: Prediction, batches: Iterable[list[int]], workers: int, spent: Counter) -> Iterator[tuple]:
-    """What `_encode` takes for each photograph; the network works on while threads encode what it gave before."""
-    chosen = prediction.ensemble
-    photographs = Photographs(prediction.photos, prediction.names, chosen.sizes, prediction.skip_broken)
-    for each, full, rows in batched(chosen, photographs, batches, workers, spent):
-        blended = blend(each, chosen.weights)
-        for i, row in enumerate(rows):
-            yield row, [logits[i] for logits in blended], full[i], chosen.cut
-
-
-def _encode(
-    row: int, blended: list[torch.Tensor], full: Size, cut: float
-) -> tuple[int, str, float | None, float | None]:
-    if full == BROKEN:
-        return row, "", None, None
-    found = edges(blended, full, cut)
-    area = round(int((found[1::2] - found[::2]).sum()) / (full[0] * full[1]), 6)
-    return row, rle.from_edges(found), area, unsure(blended, cut)
+def _encode(row: int, logits: BlendedLogits, size: Size, logit_threshold: float) -> tuple[int, PredictedMask]:
+    if size == UNDECODED:
+        return row, PredictedMask("", None, None)
+    edges = logits.edges(size, logit_threshold)
+    area = round(int((edges[1::2] - edges[::2]).sum()) / (size[0] * size[1]), 6)
+    return row, PredictedMask(rle.from_edges(edges), area, logits.boundary_uncertainty(logit_threshold))
 
 
 @contextmanager
-def _helpers(prediction: Prediction, workers: int, deadline: float, n: int) -> Iterator[None]:
-    """`n` further processes that take parts, each on a GPU of its own where there are several; ended with the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // (n + 1)))
-    context, chosen = multiprocessing.get_context("spawn"), prediction.ensemble
-    facts = chosen.paths, chosen.weights, chosen.views, chosen.threshold
-    rest = prediction.photos, prediction.names, prediction.folder, prediction.batch_size
-    rest = *rest, prediction.skip_broken, prediction.part_size
-    started = [
-        context.Process(
-            target=_help, args=(i + 1, torch.get_num_threads(), facts, rest, workers, deadline), daemon=False
-        )
-        for i in range(n)
-    ]
+def _helpers(prediction: Prediction, deadline: float) -> Iterator[None]:
+    """Further processes that take shards, each on a GPU of its own where there are several; ended with the work."""
+    threads, processes = torch.get_num_threads(), prediction.options.processes
+    each = max(1, threads // processes)
+    torch.set_num_threads(each)
+    spawn = multiprocessing.get_context("spawn").Process
+    started = [spawn(target=_help, args=(prediction, number, each, deadline)) for number in range(1, processes)]
     try:
         for process in started:
             process.start()
@@ -220,12 +254,11 @@ def _helpers(prediction: Prediction, workers: int, deadline: float, n: int) -> I
         torch.set_num_threads(threads)
 
 
-def _help(number: int, threads: int, facts: tuple, rest: tuple, workers: int, deadline: float) -> None:
+def _help(prediction: Prediction, number: int, threads: int, deadline: float) -> None:
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+    use_gpu(number)
     os.environ["TQDM_DISABLE"] = "1"
     try:
-        _work(Prediction(Ensemble(*facts), *rest), workers, deadline, show=False)
+        _work(prediction, Ensemble(prediction.spec), deadline, show=False)
     except UserError:  # the first process meets it as well, and says it
         return

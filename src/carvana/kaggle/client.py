@@ -20,7 +20,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from carvana.files import UserError, read_json
+from carvana.errors import UserError
+from carvana.files import read_json
 
 COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
@@ -63,11 +64,12 @@ def _token_source() -> str | None:
 
 def _key_source() -> str | None:
     path = _config_file()
-    given = {field: os.environ.get(f"KAGGLE_{field.upper()}") for field in ("username", "key")}
-    if all(given.values()):
+    environment = {field: os.environ.get(f"KAGGLE_{field.upper()}") for field in ("username", "key")}
+    if all(environment.values()):
         return "the environment variables KAGGLE_USERNAME and KAGGLE_KEY"
     stored = _stored_key(path)
-    if given["username"] and stored.get("username", given["username"]) != given["username"]:
+    name = environment["username"]
+    if name and stored.get("username", name) != name:
         raise UserError(f"KAGGLE_USERNAME is not the user of {path}. Set KAGGLE_KEY too, or unset KAGGLE_USERNAME.")
     if stored:
         return str(path)
@@ -82,7 +84,7 @@ def _config_file() -> Path:
     return Path(os.environ.get("KAGGLE_CONFIG_DIR") or home) / "kaggle.json"
 
 
-def _stored_key(path: Path) -> dict:
+def _stored_key(path: Path) -> dict[str, Any]:
     """Contents of kaggle.json, {} without one; the client would ignore a broken one without a word."""
     if not path.is_file():
         return {}
@@ -94,12 +96,12 @@ def _stored_key(path: Path) -> dict:
     return stored
 
 
-def client() -> Any:
-    """The official client, authenticated; every call of it goes through `ask`. UserError where it does not work."""
+def sign_in() -> Any:
+    """The official client, authenticated, whose calls go through `with_retries`; UserError where it does not work."""
     source = credentials_source()
     _warn_if_open(Path(source))
     try:
-        with tamed():
+        with patched_http():
             from kaggle.api.kaggle_api_extended import KaggleApi
 
             api = KaggleApi()
@@ -121,7 +123,7 @@ def _warn_if_open(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def tamed(**headers: str) -> Iterator[None]:
+def patched_http(**headers: str) -> Iterator[None]:
     """Every request gets a time-out, every GET these headers too, and nothing is printed."""
     send, said = HTTPAdapter.send, io.StringIO()
 
@@ -138,7 +140,9 @@ def tamed(**headers: str) -> Iterator[None]:
         HTTPAdapter.send = send
 
 
-def ask(what: str, call: Callable, *values: Any, grown: Callable[[], int] | None = None, **options: Any) -> Any:
+def with_retries(
+    what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] | None = None, **options: Any
+) -> Any:  # fmt: skip
     """Call the client, again where that can help; UserError begins with `what` and says why Kaggle refused.
 
     grown: bytes that are there already; tries are counted anew whenever they have grown.
@@ -146,7 +150,7 @@ def ask(what: str, call: Callable, *values: Any, grown: Callable[[], int] | None
     failures, best = 0, 0
     while True:
         try:
-            with tamed():
+            with patched_http():
                 return call(*values, **options)
         except UserError:
             raise
@@ -214,12 +218,13 @@ def scrub(error: BaseException | str) -> str:
     return text[:200]
 
 
-def made(area: str, kind: str, /, **fields: Any) -> Any:
+def sdk_object(area: str, kind: str, /, **fields: Any) -> Any:
     """An object of kagglesdk with these fields; area "blobs" and kind "X" stand for its class ApiX of that service."""
-    found = getattr(import_module(f"kagglesdk.{area}.types.{area[:-1]}_api_service"), f"Api{kind}")()
+    service = import_module(f"kagglesdk.{area}.types.{area[:-1]}_api_service")
+    message = getattr(service, f"Api{kind}")()
     for field, value in fields.items():
-        setattr(found, field, value)
-    return found
+        setattr(message, field, value)
+    return message
 
 
 def call(api: Any, area: str, method: str, /, **fields: Any) -> Any:
@@ -227,7 +232,7 @@ def call(api: Any, area: str, method: str, /, **fields: Any) -> Any:
 
     area: "competitions", "blobs" or "datasets" of the service; method and fields: as kagglesdk names them.
     """
-    request = made(area, f"{method.title().replace('_', '')}Request", **fields)
-    with tamed(), api.build_kaggle_client() as kaggle:
+    request = sdk_object(area, f"{method.title().replace('_', '')}Request", **fields)
+    with patched_http(), api.build_kaggle_client() as kaggle:
         service = getattr(getattr(kaggle, area), f"{area[:-1]}_api_client")
         return getattr(service, method)(request)

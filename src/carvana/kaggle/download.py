@@ -1,51 +1,49 @@
-"""Bytes from Kaggle and to it: resumed after any cut or kill, verified, and only then under their names.
+"""Files from Kaggle: a download is resumed after any cut or kill, verified, and only then gets its name.
 
-The client would append an error page to half a file, hang on a silent line, and send a cut upload anew from its start.
+The client would append an error page to half a file, and hang on a silent line.
 """
 
 import contextlib
 import fcntl
-import json
-import re
-import secrets
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import requests
 from tqdm import tqdm
-from tqdm.utils import CallbackIOWrapper
 
-from carvana.files import (
-    BROKEN,
-    UserError,
-    atomic,
-    nearest,
-    need_space,
-    progress,
-    read_json,
-    sha256,
-    stamp,
-    write_json,
-)
-from carvana.kaggle.client import COMPETITION, ask, call, client, tamed
+from carvana.data.competition import Competition
+from carvana.errors import UserError, did_you_mean
+from carvana.files import UNREADABLE, need_space, read_json, sha256, stamp, write_json
+from carvana.kaggle.client import COMPETITION, call, patched_http, sign_in, with_retries
+from carvana.parallel import progress
 
 PIECE = 1 << 16  # bytes written at once, at most lost when a line is cut
 TABLES = ("train_masks.zip", "train_masks.csv.zip", "metadata.csv.zip", "sample_submission.csv.zip")
 
 
+def fetch(competition: Competition) -> None:
+    """Download what is missing in a folder that is new or was filled by `download`; verify one that was filled by hand.
+
+    UserError names a broken file.
+    """
+    if (competition.folder / "download.json").exists() or not competition.has_train_images:
+        download(competition.folder, hq=competition.hq)
+    else:
+        verify(competition.folder)
+
+
 def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = False) -> list[Path]:
-    """Bring the files of the competition into `data_dir` (hq: the pictures in high quality); returns their paths.
+    """Bring the files of the competition into `data_dir` (hq: the images in high quality); returns their paths.
 
     What is there and sound is kept; what arrives is checked before it gets its name, and listed in `download.json`.
     """
     data_dir, kind = Path(data_dir), "_hq" if hq else ""
     wanted = files or [f"train{kind}.zip", *TABLES, f"test{kind}.zip"]
-    known = _manifest(data_dir)
-    if {*wanted} <= {*known}:  # no account is needed to find that nothing is missing
+    if {*wanted} <= {*_manifest(data_dir)}:  # no account is needed to find that nothing is missing
         return [data_dir / name for name in wanted]
-    api = client()
+    api = sign_in()
     sizes = list_files(api)
     names = [_listed(name, sizes) for name in wanted]
     print("\n".join(f"{'*' if name in names else ' '} {name:28}{size / 1e6:10.1f} MB" for name, size in sizes.items()))
@@ -54,18 +52,18 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
 
 
 def _bring(api: Any, data_dir: Path, sizes: dict[str, int]) -> list[Path]:
-    known = _manifest(data_dir)
-    here = {name: _present(data_dir, name, size, known) for name, size in sizes.items()}
+    verified = _manifest(data_dir)
+    here = {name: _present(data_dir, name, size, verified) for name, size in sizes.items()}
     missing = {name: sizes[name] for name, path in here.items() if not path}
     arrived = sum(_length(_part(data_dir, name)) for name in missing)
     need_space(data_dir, sum(missing.values()) - arrived)
     with progress(None, "downloading", "B", total=sum(missing.values()), initial=arrived, unit_scale=True) as bar:
         for name, path in here.items():
             here[name] = path = path or _fetch(api, data_dir, name, sizes[name], bar)
-            if path.name not in known:
-                entry = dict(zip(("name", "size", "time"), *stamp(path), strict=True)) | {"sha256": sha256(path)}
-                known[path.name] = entry
-                write_json(data_dir / "download.json", list(known.values()))
+            if path.name not in verified:
+                [(_, size, time)] = stamp(path)
+                verified[path.name] = {"name": path.name, "size": size, "time": time, "sha256": sha256(path)}
+                write_json(data_dir / "download.json", list(verified.values()))
             bar.write(f"{path}: {'has arrived' if name in missing else 'was there'}, verified")
     return list(here.values())
 
@@ -83,8 +81,8 @@ def _alone(data_dir: Path) -> Iterator[None]:
 def verify(data_dir: str | Path) -> list[Path]:
     """Read every zip of a folder that was filled by hand, or attached on Kaggle; UserError names a broken one."""
     data_dir = Path(data_dir)
-    known, paths = _manifest(data_dir), sorted(data_dir.glob("*.zip"))
-    for path in progress([path for path in paths if path.name not in known], "verifying", "zips"):
+    verified, paths = _manifest(data_dir), sorted(data_dir.glob("*.zip"))
+    for path in progress([path for path in paths if path.name not in verified], "verifying", "zips"):
         if fault := _fault(path, 0):
             raise UserError(f"{path} {fault}. Download it again.")
     return paths
@@ -95,7 +93,7 @@ def list_files(api: Any) -> dict[str, int]:
     sizes, token, seen = {}, "", set()
     while token not in seen:  # a server that repeats a page must not hold us for ever
         seen.add(token)
-        page = ask("The list of files", api.competition_list_files, COMPETITION, page_token=token)
+        page = with_retries("The list of files", api.competition_list_files, COMPETITION, page_token=token)
         sizes |= {file.name: file.total_bytes for file in page.files}
         token = page.next_page_token or ""
     return sizes
@@ -103,13 +101,13 @@ def list_files(api: Any) -> dict[str, int]:
 
 def _listed(name: str, sizes: dict[str, int]) -> str:
     """Kaggle has served the same file as NAME and as NAME.zip."""
-    for known in (name, f"{name}.zip", name.removesuffix(".zip")):
-        if known in sizes:
-            return known
-    raise UserError(f"{name} is no file of the competition{nearest(name, sizes)} It has {', '.join(sizes)}.")
+    for served in (name, f"{name}.zip", name.removesuffix(".zip")):
+        if served in sizes:
+            return served
+    raise UserError(f"{name} is no file of the competition{did_you_mean(name, sizes)} It has {', '.join(sizes)}.")
 
 
-def _manifest(data_dir: Path) -> dict[str, dict]:
+def _manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
     """Entries of `download.json` whose files have not changed since they were verified."""
     with contextlib.suppress(UserError, KeyError, TypeError):
         entries = {entry["name"]: entry for entry in read_json(data_dir / "download.json")}
@@ -118,9 +116,9 @@ def _manifest(data_dir: Path) -> dict[str, dict]:
     return {}
 
 
-def _present(data_dir: Path, name: str, size: int, known: dict) -> Path | None:
+def _present(data_dir: Path, name: str, size: int, verified: dict[str, Any]) -> Path | None:
     paths = [data_dir / Path(name).name, data_dir / f"{Path(name).name}.zip"]
-    return next((path for path in paths if path.name in known or (path.is_file() and not _fault(path, size))), None)
+    return next((path for path in paths if path.name in verified or (path.is_file() and not _fault(path, size))), None)
 
 
 def _fault(path: Path, size: int) -> str:
@@ -131,7 +129,7 @@ def _fault(path: Path, size: int) -> str:
             with zipfile.ZipFile(path) as archive:
                 sizes.append(sum(member.file_size for member in archive.infolist()))
                 broken = archive.testzip()
-    except BROKEN as error:
+    except UNREADABLE as error:
         broken = str(error)
     if broken:
         return f"is broken: {broken}"
@@ -141,7 +139,7 @@ def _fault(path: Path, size: int) -> str:
 def _fetch(api: Any, data_dir: Path, name: str, size: int, bar: tqdm) -> Path:
     """Download into a file of its own, where a killed download goes on; verified before it is renamed."""
     part = _part(data_dir, name)
-    ask(name, _receive, api, part, name, size, bar, grown=lambda: _length(part))
+    with_retries(name, _receive, api, part, name, size, bar, grown=lambda: _length(part))
     final = part.name + ".zip" * (zipfile.is_zipfile(part) and part.suffix != ".zip")
     _tag(part).unlink(missing_ok=True)
     return part.replace(data_dir / final)
@@ -167,7 +165,7 @@ def _append(api: Any, part: Path, name: str, had: int, bar: tqdm) -> None:
     headers = {"Accept-Encoding": "identity"}  # packed on the way, a file could not go on in its middle
     if had:
         headers |= {"Range": f"bytes={had}-", "If-Range": _tag(part).read_text()}
-    with tamed(**headers):
+    with patched_http(**headers):
         response = call(api, "competitions", "download_data_file", competition_name=COMPETITION, file_name=name)
     with response:
         first = _offset(response, had, part)
@@ -207,91 +205,3 @@ def _tag(part: Path) -> Path:
 
 def _length(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
-
-
-class Upload:
-    """A file on its way to Kaggle's storage, noted in a file beside it, so that a killed upload goes on.
-
-    `mark` names the upload in what is made of it, so that a lost answer can be looked up.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.note = path, path.with_name(f".{path.name}.upload")
-        self.stamp = [list(entry) for entry in stamp(path)]
-        known = read_json(self.note) if self.note.exists() else {}
-        self.resumed = known.get("stamp") == self.stamp
-        self.facts = known if self.resumed else {"stamp": self.stamp, "mark": secrets.token_hex(4)}
-        self.cut, self.arrived = self.resumed, 0
-
-    @property
-    def mark(self) -> str:
-        """Eight hex digits, the same after a restart."""
-        return self.facts["mark"]
-
-    def send(self, start: Callable[[], tuple[str, str]]) -> str:
-        """Bring every byte there; returns the token that stands for the file. start: asks for (token, address)."""
-        what = f"Upload of {self.path}"
-        for again in (False, True):
-            if "token" not in self.facts:
-                self.facts |= dict(zip(("token", "address"), start(), strict=True))
-                self.save()
-            if ask(what, self._put, grown=lambda: self.arrived):
-                return self.facts["token"]
-            if not again:
-                print(f"{what} cannot go on where it was cut: once more, in full")
-            del self.facts["token"]
-            self.cut, self.arrived = False, 0
-        raise UserError(f"{what}: the line to Kaggle's storage breaks again and again. Start again later.")
-
-    def save(self) -> None:
-        """Note what has been agreed on; only the owner can read it."""
-        with atomic(self.note) as file:
-            file.write(json.dumps(self.facts).encode())
-        self.note.chmod(0o600)
-
-    def done(self) -> None:
-        """Forget it."""
-        self.note.unlink(missing_ok=True)
-
-    def _put(self) -> bool:
-        """One try from where the storage has it; False where it does not say where that is."""
-        size = self.path.stat().st_size
-        if self.cut:
-            where = self._where(size)
-            if where is None:
-                return False
-            self.arrived = where
-        self.cut = True
-        first, headers = self.arrived, {}
-        if first == size:
-            return True
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
-        with self.path.open("rb") as file, progress(None, "uploading", "B", total=size, initial=first) as bar:
-            file.seek(first)
-            response = requests.put(self.facts["address"], data=CallbackIOWrapper(bar.update, file), headers=headers)
-        return self._taken(response)
-
-    def _where(self, size: int) -> int | None:
-        """Bytes that the storage has; None where it does not say."""
-        headers = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
-        response = requests.put(self.facts["address"], headers=headers)
-        if response.status_code in (200, 201):
-            return size
-        if response.status_code == 308:
-            last = re.fullmatch(r"bytes=0-(\d+)", response.headers.get("Range", ""))
-            return int(last[1]) + 1 if last else 0
-        if response.status_code == 429 or response.status_code >= 500:
-            response.raise_for_status()
-        return None
-
-    def _taken(self, response: requests.Response) -> bool:
-        status = response.status_code
-        if status in (200, 201):
-            return True
-        if status in (408, 429) or status >= 500:
-            response.raise_for_status()
-        if status == 308:
-            raise requests.ConnectionError("not all has arrived")
-        self.done()
-        raise UserError(f"Upload of {self.path}: Kaggle's storage refused it ({status}). Start again later.")

@@ -1,4 +1,4 @@
-"""A run inside Kaggle's notebooks: a folder to push, the push itself, and what the notebook does when it wakes there.
+"""A run inside Kaggle's notebooks: a folder to push, the push itself, and what the notebook does first when it runs.
 
 The kernel needs no internet: the package, wheels of what it may lack and encoder weights come as a dataset of its own.
 """
@@ -11,15 +11,17 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
-from carvana.files import UserError, atomic, project_root, read_json, write_json, write_text
-from carvana.kaggle.client import COMPETITION, ask, call, client, made, refusal, status_of, tamed
-from carvana.kaggle.download import Upload
+from carvana.errors import UserError
+from carvana.files import atomic, project_root, read_json, write_json, write_text
+from carvana.kaggle.client import COMPETITION, call, patched_http, refusal, sdk_object, sign_in, status_of, with_retries
+from carvana.kaggle.upload import Upload
 
 NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
 PLATFORMS = "manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"
@@ -27,40 +29,52 @@ POLL, LOOKS = 5, 120  # seconds between two looks at a dataset that is not ready
 DEPTH = 5  # folders below the input folder in which Kaggle may mount something
 
 
-def build(
-    profile: str | Path, folder: str | Path, user: str, weights: str | Path = "", python: str = "3.12",
-    wheels: bool = True,
-) -> Path:  # fmt: skip
+@dataclass(frozen=True)
+class KernelPlan:
+    """What runs on Kaggle, and as whose.
+
+    user: owner there. weights: file of encoder weights, for a profile that would fetch them. python: version that
+    Kaggle runs, for the wheels; wheels: bring what Kaggle may lack.
+    """
+
+    profile: Path
+    user: str
+    weights: Path | None = None
+    python: str = "3.12"
+    wheels: bool = True
+
+
+def build(plan: KernelPlan, folder: Path) -> Path:
     """Write `folder`/dataset and `folder`/kernel, ready for `push` or for `kaggle kernels push`; returns `folder`.
 
-    user: owner on Kaggle. weights: file of encoder weights, for a profile that would fetch them. python: version that
-    Kaggle runs, for the wheels. UserError where the profile could not run there.
+    UserError where the profile could not run there.
     """
-    folder, values = Path(folder), _filled(profile)
-    if values["encoder_weights"] == "imagenet" and not weights:
-        raise UserError(f"{profile} fetches encoder weights, but the kernel has no internet. Give a file: --weights.")
-    if weights and not Path(weights).is_file():
+    profile, weights = _parameters(plan.profile), plan.weights
+    if profile["encoder_weights"] == "imagenet" and not weights:
+        reason = "fetches encoder weights, but the kernel has no internet"
+        raise UserError(f"{plan.profile} {reason}. Give a file: --weights.")
+    if weights and not weights.is_file():
         raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
     shutil.rmtree(folder / "dataset", ignore_errors=True)
-    _write_suite(folder / "dataset" / "suite.zip", Path(profile))
+    _write_suite(folder / "dataset" / "suite.zip", plan.profile)
     if weights:
-        shutil.copyfile(weights, folder / "dataset" / f"encoder{Path(weights).suffix}")
-    if wheels:
-        _fetch_wheels(folder / "dataset", python)
-    slug = "carvana-" + re.sub(r"[^a-z0-9]+", "-", values["run_name"].lower())  # as Kaggle makes it of the title
+        shutil.copyfile(weights, folder / "dataset" / f"encoder{weights.suffix}")
+    if plan.wheels:
+        _fetch_wheels(folder / "dataset", plan.python)
+    slug = "carvana-" + re.sub(r"[^a-z0-9]+", "-", profile["run_name"].lower())  # as Kaggle makes it of the title
     title = slug.replace("-", " ")
-    described = {"id": f"{user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
+    described = {"id": f"{plan.user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
     write_json(folder / "dataset" / "dataset-metadata.json", described)
     write_text(folder / "kernel" / "carvana.ipynb", (resources.files("carvana.kaggle") / "kernel.ipynb").read_text())
-    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(user, slug, title))
+    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(plan.user, slug, title))
     return folder
 
 
-def _filled(profile: str | Path) -> dict:
-    """A profile with the defaults of what it does not say."""
-    from carvana.pipeline import load_profile, parameters  # only now: on Kaggle it needs what `install` has brought
+def _parameters(profile: str | Path) -> dict[str, Any]:
+    """All parameters of a profile, defaults included."""
+    from carvana.profiles import load_profile, with_defaults  # only now: on Kaggle it needs what `install` has brought
 
-    return {name: parameter.default for name, parameter in parameters().items()} | load_profile(profile)
+    return with_defaults(load_profile(profile))
 
 
 def _kernel(user: str, slug: str, title: str) -> dict:
@@ -110,7 +124,7 @@ def push(folder: str | Path, resume: bool = False) -> str:
     resume: attach the output of the kernel's last version, so that the run goes on. UserError where Kaggle refuses
     anything, also where its client would not say so.
     """
-    folder, api = Path(folder), client()
+    folder, api = Path(folder), sign_in()
     path = folder / "kernel" / "kernel-metadata.json"
     kernel = read_json(path)
     kernel["kernel_sources"] = [kernel["id"]] if resume else []
@@ -133,9 +147,10 @@ def _push_dataset(api: Any, folder: Path) -> None:
     exists = _status(api, ref) is not None
     paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
     uploads = [Upload(path) for path in paths]
-    files = [made("datasets", "DatasetNewFile", token=_sent(api, upload)) for upload in uploads]
+    files = [sdk_object("datasets", "DatasetNewFile", token=_sent(api, upload)) for upload in uploads]
     if exists:
-        body = made("datasets", "CreateDatasetVersionRequestBody", version_notes="carvana kernel push", files=files)
+        notes = {"version_notes": "carvana kernel push", "files": files}
+        body = sdk_object("datasets", "CreateDatasetVersionRequestBody", **notes)
         fields = {"owner_slug": owner, "dataset_slug": slug, "body": body}
         answer = _once(ref, call, api, "datasets", "create_dataset_version", **fields)
     else:
@@ -163,7 +178,7 @@ def _wait_until_ready(api: Any, ref: str) -> None:
 def _once(what: str, request: Callable, *values: Any, **fields: Any) -> Any:
     """A request that must not be repeated after a lost answer: it would make a second version or start a session."""
     try:
-        with tamed():
+        with patched_http():
             return request(*values, **fields)
     except Exception as error:
         raise refusal(error, f"{what} was not pushed") from None
@@ -178,7 +193,7 @@ def _sent(api: Any, upload: Upload) -> str:
 
         size = path.stat().st_size
         fields = {"type": ApiBlobType.DATASET, "name": path.name, "content_length": size}
-        answer = ask(f"Upload of {path}", call, api, "blobs", "start_blob_upload", **fields)
+        answer = with_retries(f"Upload of {path}", call, api, "blobs", "start_blob_upload", **fields)
         return answer.token, answer.create_url
 
     return upload.send(start)
@@ -196,7 +211,7 @@ def _status(api: Any, ref: str) -> str | None:
                 return None
             raise
 
-    return ask(f"dataset {ref}", look)
+    return with_retries(f"dataset {ref}", look)
 
 
 def install(suite: Path, dataset: Path) -> list[str]:
@@ -226,21 +241,23 @@ def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus
 
     UserError that names everything that is missing, within seconds instead of hours.
     """
+    from carvana.device import gpu_count  # torch takes seconds
+
     shutil.copytree(suite / "notebooks", working_dir / "notebooks", dirs_exist_ok=True)
-    values, missing = _filled(suite / "profile.yaml"), []
+    profile, missing = _parameters(suite / "profile.yaml"), []
     data = _below(input_dir, "train.zip") or _below(input_dir, "train")
     if not data:
         missing.append(f"the competition's data below {input_dir} (Add Input, Competition)")
     weights = next(dataset.glob("encoder.*"), None)
-    if values["encoder_weights"] and not weights:
+    if profile["encoder_weights"] and not weights:
         missing.append("encoder weights (build again with --weights FILE)")
-    if (found := _gpus()) < gpus:
-        missing.append(f"{gpus - found} of {gpus} GPUs (Settings, Accelerator, GPU T4 x2)")
+    if (available := gpu_count()) < gpus:
+        missing.append(f"{gpus - available} of {gpus} GPUs (Settings, Accelerator, GPU T4 x2)")
     if missing:
         raise UserError(f"This session lacks {'; '.join(missing)}.")
-    _bring_back(input_dir, working_dir / "runs", values["run_name"])
-    chosen = {"data_dir": data, "runs_dir": working_dir / "runs", "submissions_dir": working_dir}
-    return {name: str(path) for name, path in (chosen | ({"encoder_weights": weights} if weights else {})).items()}
+    _bring_back(input_dir, working_dir / "runs", profile["run_name"])
+    paths = {"data_dir": data, "runs_dir": working_dir / "runs", "submissions_dir": working_dir}
+    return {name: str(path) for name, path in (paths | ({"encoder_weights": weights} if weights else {})).items()}
 
 
 def _bring_back(input_dir: Path, runs: Path, run_name: str) -> None:
@@ -255,12 +272,6 @@ def _bring_back(input_dir: Path, runs: Path, run_name: str) -> None:
 
 def _below(folder: Path, name: str) -> Path | None:
     """The folder that holds `name`, at most DEPTH below `folder`."""
-    found = (path for depth in range(DEPTH) for path in sorted(folder.glob("*/" * depth + name)))
-    match = next(found, None)
+    matches = (path for depth in range(DEPTH) for path in sorted(folder.glob("*/" * depth + name)))
+    match = next(matches, None)
     return match and match.parents[name.count("/")]
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()

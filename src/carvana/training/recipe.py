@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
+from typing import Any
 
-import torch
 from timm.optim import list_optimizers
 
-from carvana.files import UserError, nearest
+from carvana.data.dataset import Augmentation
+from carvana.device import precision
+from carvana.errors import UserError, did_you_mean
 from carvana.grid import STRIDE
-from carvana.models import Network, check_names, check_weights
+from carvana.models import ModelConfig, check_names, check_weights
 from carvana.training.losses import loss_named
 
 SCHEDULES = ("cosine", "onecycle", "plateau", "constant")
@@ -50,21 +52,24 @@ class Recipe:
     seed: int
 
     @classmethod
-    def of(cls, parameters: dict) -> "Recipe":
-        """Pick the recipe out of a notebook's parameters: `Recipe.of(globals())`. Names are checked before work."""
+    def from_parameters(cls, parameters: dict[str, Any]) -> "Recipe":
+        """Pick the recipe out of a notebook's parameters: `Recipe.from_parameters(globals())`.
+
+        Names are checked before work.
+        """
         recipe = cls(**{field.name: _typed(field, parameters[field.name]) for field in fields(cls)})
-        check_names(recipe.network)
-        check_weights(recipe.network, recipe.encoder_weights)
+        check_names(recipe.model_config)
+        check_weights(recipe.model_config, recipe.encoder_weights)
         loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
         if not 0.25 <= recipe.start_size <= 1:
             raise UserError(f"start_size is {recipe.start_size}, but must be a share of the size, from 0.25 to 1.")
         if recipe.schedule not in SCHEDULES:
-            hint = nearest(recipe.schedule, SCHEDULES)
+            hint = did_you_mean(recipe.schedule, SCHEDULES)
             raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
         if recipe.optimizer not in list_optimizers():
-            hint = nearest(recipe.optimizer, list_optimizers())
+            hint = did_you_mean(recipe.optimizer, list_optimizers())
             raise UserError(f'optimizer "{recipe.optimizer}" is unknown{hint} Any name of timm will do.')
         for name in ("epochs", "batch_size", "accumulate", "validate_every"):
             if getattr(recipe, name) < 1:
@@ -79,12 +84,17 @@ class Recipe:
             raise UserError(f"crop_height and crop_width are {crop}: both 0, or multiples of {STRIDE}, {size}.")
 
     @property
-    def network(self) -> Network:
+    def model_config(self) -> ModelConfig:
         """The part that prediction needs to know."""
-        return Network(self.arch, self.encoder, self.decoder_channels, self.height, self.width)
+        return ModelConfig(self.arch, self.encoder, self.decoder_channels, self.height, self.width)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The random changes of training samples."""
+        return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
 
 
-def _typed(field: Field, value: object) -> object:
+def _typed(field: Field[Any], value: Any) -> Any:
     """A YAML file's 2e-3 is text to papermill, and its 1 a whole number where a float is meant."""
     try:
         return field.type(value)
@@ -92,24 +102,11 @@ def _typed(field: Field, value: object) -> object:
         raise UserError(f"{field.name} is {value!r}, but must be {field.type.__name__}.") from error
 
 
-def precision(amp: str) -> str:
-    """The mixed precision that `amp` means on this machine: "no", "fp16" or "bf16"."""
-    if amp not in ("no", "fp16", "bf16", "auto"):
-        raise UserError(f'amp is "{amp}". Choose from: no, fp16, bf16, auto.')
-    if amp == "fp16" and not torch.cuda.is_available():
-        raise UserError("amp is fp16, which needs a GPU. Choose auto.")
-    if amp != "auto":
-        return amp
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
-
-
 def learning_rate(schedule: str, done: float, warmup: float) -> float:
     """Share of the full learning rate after the share `done` of a training, both in [0, 1].
 
     "onecycle" rises over its first 30 % (or `warmup`, if longer); the others rise linearly over the share `warmup`.
-    "plateau" is "constant" here: `Fold.lr` halves it when the Dice stalls.
+    "plateau" is "constant" here: `TrainState.lr` halves it when the Dice stalls.
     """
     rise = max(warmup, 0.3) if schedule == "onecycle" else warmup
     if done < rise:
@@ -121,9 +118,19 @@ def learning_rate(schedule: str, done: float, warmup: float) -> float:
 
 
 def size_at(full: Sequence[int], start: float, done: float) -> tuple[int, ...]:
-    """Height and width of pictures after the share `done` of a training, multiples of 32: progressive resizing.
+    """Height and width of images after the share `done` of a training, multiples of 32: progressive resizing.
 
     They grow from the share `start` of the full size, and reach it after 70 % of the training, where edges are learnt.
     """
     share = min(1.0, start + (1 - start) * done / 0.7)
     return tuple(min(side, max(STRIDE, round(side * share / STRIDE) * STRIDE)) for side in full)
+
+
+def plateaus(dices: Sequence[float], patience: int = 2) -> int:
+    """How often the best Dice was not beaten for `patience` validations in a row."""
+    best, waited, count = -1.0, 0, 0
+    for dice in dices:
+        best, waited = (dice, 0) if dice > best else (best, waited + 1)
+        if waited == patience:
+            waited, count = 0, count + 1
+    return count

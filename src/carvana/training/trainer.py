@@ -1,191 +1,175 @@
-"""Training of one fold: one readable loop on Accelerate, for a CPU or GPUs, that goes on exactly after a kill.
+"""Training of one fold: one readable loop on Accelerate, for a CPU or GPUs, that goes on exactly after a kill."""
 
-`python -m carvana.training.trainer` is one of the processes that share a fold; `train` starts them.
-"""
-
-import argparse
 import math
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
-from carvana.data import competition as photos
-from carvana.data import dataset
-from carvana.data.folds import read_folds
-from carvana.files import UserError, given, progress, read_json, resolve
-from carvana.training.losses import loss_named
-from carvana.training.recipe import Recipe, size_at
-from carvana.training.state import Fold
+from carvana.data.competition import Competition
+from carvana.data.dataset import TrainDataset, batches, training_samples
+from carvana.device import use_gpu
+from carvana.errors import UserError
+from carvana.files import fingerprint, write_text
+from carvana.models import save_checkpoint
+from carvana.parallel import progress
+from carvana.run import Run
+from carvana.training.recipe import Recipe
+from carvana.training.state import Snapshot, TrainState, write_snapshot
+from carvana.training.validation import Validator
 
 READ_EVERY = 20  # steps between two looks at the losses: a look makes the device wait
 SAVE_MINUTES = 5  # what a kill can cost
+PREVIEWS = 4  # images whose logits are kept after every epoch, so that one sees their edges get sharp
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images, targets, rows of the samples
 
 
-def train(
-    fold: Fold, max_hours: float = 0, workers: int = -1, watch: Callable[[], None] = lambda: None
-) -> pd.DataFrame:  # fmt: skip
-    """Train `fold` to its end, or until `max_hours` are over; returns the history, a row per validation.
+class Trainer:
+    """Trains one fold of a run on the cars of all other folds, and scores it on its own.
 
-    workers: processes that prepare pictures; -1 takes what suits the device. watch: called whenever the fold's folder
-    may hold more to look at; what it takes, the training waits.
+    processes: how many share the fold, each with a device of its own and `recipe.batch_size` images a step.
     """
-    try:
-        if fold.processes > 1 and "LOCAL_RANK" not in os.environ:  # which those that are launched have
-            _launch(fold, max_hours, workers, watch)
-        else:
-            _train(fold, max_hours, workers, watch)
-    except torch.OutOfMemoryError as error:
-        advice = "Lower batch_size and raise accumulate by as much, or lower height and width."
-        raise UserError(f"The device is out of memory. {advice}") from error
-    return pd.DataFrame(fold.history)
 
+    def __init__(self, run: Run, competition: Competition, recipe: Recipe, fold: int, processes: int = 1):
+        self.run, self.competition, self.recipe, self.fold, self.processes = run, competition, recipe, fold, processes
+        self.folder, self.samples, self.folds = run.fold_dir(fold), competition.samples, run.folds()
+        if not 0 <= fold <= self.folds["fold"].max():
+            raise UserError(f"fold is {fold}, but the run has the folds 0 to {self.folds['fold'].max()}.")
+        fold_of = self.samples["car"].map(self.folds.set_index("car")["fold"])
+        self.train_rows = np.flatnonzero((fold_of != fold) & (fold_of >= 0))
+        self.valid_rows = np.flatnonzero(fold_of == fold)
+        self.preview_rows = self.valid_rows[np.unique(np.linspace(0, len(self.valid_rows) - 1, PREVIEWS).astype(int))]
+        self.source = training_samples(competition, recipe.height, recipe.width, run.cache_dir)
+        group_size = recipe.accumulate * processes
+        keys = batches(len(self.train_rows), recipe.batch_size, group_size, recipe.epochs, recipe.seed)
+        data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes)
+        use_gpu(fold)
+        self.state = TrainState(recipe, fold, len(keys) // processes, data, self.folder / "state.pt")
+        self.rank = self.state.accelerator.process_index
+        self.batch_keys = keys[self.rank :: processes]
+        self.steps_per_epoch = self.state.total_steps // recipe.epochs
+        self.validator = Validator(self.samples, self.source, recipe.batch_size, self.state.accelerator)
+        self.measured_from, self.speed = (self.state.step, self.state.seconds), math.nan  # images/s
 
-def _train(fold: Fold, max_hours: float, workers: int, watch: Callable[[], None]) -> None:
-    loss_of, pending, began = loss_named(fold.recipe.loss), [], time.monotonic()
-    if not fold.history:  # the untrained network
-        fold.look()
-        fold.record()
-    saved = clock = time.monotonic()
-    for pictures, targets, rows in _bar(fold, _loader(fold, workers)):
-        pending.append((_step(fold, loss_of, pictures, targets), rows))
-        epoch, within_epoch = divmod(fold.step, fold.steps_per_epoch)
-        time_is_up = save_is_due = False
-        if fold.accelerator.sync_gradients and (fold.processes == 1 or fold.step % READ_EVERY == 0):
-            now = time.monotonic()
-            time_is_up, save_is_due = fold.agree(0 < max_hours * 3600 < now - began, now - saved > SAVE_MINUTES * 60)
-        if len(pending) == READ_EVERY or time_is_up or save_is_due or not within_epoch:
-            _read_losses(fold, pending)
-            pending = []
-            fold.seconds, clock = fold.seconds + time.monotonic() - clock, time.monotonic()
-        if not within_epoch:
-            fold.look()
-        if not within_epoch and (epoch % fold.recipe.validate_every == 0 or fold.finished):
-            fold.record()
-            saved = clock = time.monotonic()
-        elif time_is_up or save_is_due:
-            fold.save()
-            saved = time.monotonic()
-        if not within_epoch:
-            watch()
-        if time_is_up:
+    @property
+    def finished(self) -> bool:
+        """Whether every step has been done."""
+        return self.state.finished
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row a validation."""
+        return pd.DataFrame(self.state.history)
+
+    def fit(self, max_hours: float, workers: int, on_epoch: Callable[[], None]) -> None:
+        """Train to the end, or until `max_hours` (0: no limit) are over; on_epoch: called after each epoch.
+
+        workers: processes that prepare images; -1 takes what suits the device.
+        """
+        state, pending, began = self.state, [], time.monotonic()
+        if not state.history:  # the untrained network
+            self.save_snapshot()
+            self.validate_and_checkpoint()
+        saved = clock = time.monotonic()
+        for images, targets, rows in self._progress(self.loader(workers)):
+            pending.append((state.train_step(images, targets), rows))
+            epoch, within_epoch = divmod(state.step, self.steps_per_epoch)
+            time_is_up, save_is_due = self._due(0 < max_hours * 3600 < time.monotonic() - began, saved)
+            if len(pending) == READ_EVERY or time_is_up or save_is_due or not within_epoch:
+                self._read_losses(pending)
+                pending = []
+                state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
+            if not within_epoch:
+                self.save_snapshot()
+            if not within_epoch and (epoch % self.recipe.validate_every == 0 or self.finished):
+                self.validate_and_checkpoint()
+                saved = clock = time.monotonic()
+            elif time_is_up or save_is_due:
+                state.save()
+                saved = time.monotonic()
+            if not within_epoch:
+                on_epoch()
+            if time_is_up:
+                return
+
+    def save_snapshot(self) -> None:
+        """Keep what one wants to see of an epoch that has just ended, before anything is validated."""
+        state, (step, seconds) = self.state, self.measured_from
+        trained = (state.step - step) * self.recipe.batch_size * self.processes
+        self.speed = trained / (state.seconds - seconds) if trained else math.nan
+        self.measured_from = state.step, state.seconds
+        if self.rank:
             return
+        logits = np.stack([logits for _, logits in self.validator.predict(state.network, self.preview_rows)])
+        losses = np.array(state.losses[-self.steps_per_epoch :])
+        snapshot = Snapshot(losses, state.lr, self.speed, logits)
+        write_snapshot(self.folder, state.step // self.steps_per_epoch, snapshot)
 
+    def validate_and_checkpoint(self) -> None:
+        """Validate, add a row to the history, and save: weights, history, then the state that makes them count."""
+        state, started = self.state, time.monotonic()
+        rows = self.valid_rows if state.step else self.valid_rows[::8]  # nobody chooses by the untrained network
+        scores = self.validator.scores(state.network, rows)
+        state.seconds += time.monotonic() - started
+        self.measured_from = state.step, state.seconds
+        best = max((row["dice"] for row in state.history), default=-1.0)
+        row = {"epoch": state.step // self.steps_per_epoch, "step": state.step}
+        row |= {"pictures": state.step * self.recipe.batch_size * self.processes}
+        row |= {"seconds": round(state.seconds, 1), "speed": round(self.speed, 2), "lr": state.lr}
+        row |= {"loss": float(np.mean(state.losses)) if state.losses else math.nan} | scores._asdict()
+        state.history, state.losses = [*state.history, row], []
+        if self.rank:
+            return
+        weights = {name: tensor.cpu() for name, tensor in state.network.state_dict().items()}
+        for kind in ("last", "best") if scores.dice > best else ("last",):
+            facts = {"amp": self.recipe.amp, **row}
+            save_checkpoint(self.run.checkpoint(self.fold, kind), weights, self.recipe.model_config, **facts)
+        write_text(self.folder / "history.csv", self.history.to_csv(index=False))
+        state.save()
 
-def _step(fold: Fold, loss_of: Callable, pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Learn from a batch; returns its loss, which stays on the device so that nothing waits for it."""
-    recipe, accelerator, device = fold.recipe, fold.accelerator, fold.accelerator.device
-    fold.model.train()
-    for group in fold.optimizer.param_groups:
-        group["lr"] = fold.lr()
-    with accelerator.accumulate(fold.model):
-        pictures, targets = pictures.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        size = size_at(pictures.shape[1:3], recipe.start_size, fold.step / len(fold.keys))
-        if size != pictures.shape[1:3]:
-            pictures, targets = dataset.resized(pictures, targets, size)
-        loss = loss_of(fold.model(pictures), targets.float() / 255)
-        accelerator.backward(loss)
-        if recipe.clip_norm and accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(fold.model.parameters(), recipe.clip_norm)
-        fold.optimizer.step()
-        fold.optimizer.zero_grad()
-    fold.step += 1
-    if fold.ema and accelerator.sync_gradients:
-        fold.ema.update(accelerator.unwrap_model(fold.model), step=fold.step)
-    return loss.detach()
+    def loader(self, workers: int) -> DataLoader[Batch]:
+        """All batches that are left, in one loader, so that its workers run on while the fold is validated."""
+        on_gpu = self.state.device.type == "cuda"
+        if workers < 0:
+            workers = min(8, os.cpu_count() or 1) if on_gpu else 0  # on a CPU the network needs every core
+        augment, seed = self.recipe.augmentation.compose(), self.recipe.seed
+        return DataLoader(
+            TrainDataset(self.source, self.train_rows, augment, seed),
+            batch_sampler=self.batch_keys[self.state.step :],
+            num_workers=workers,
+            pin_memory=on_gpu,
+            generator=torch.Generator().manual_seed(seed),  # so that the global random state is left alone
+        )
 
+    def _progress(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
+        """The loader under a progress bar that counts images."""
+        state, size = self.state, self.recipe.batch_size * self.processes
+        options = {"total": state.total_steps * size, "initial": state.step * size, "disable": self.rank > 0}
+        with progress(None, f"training {self.folder.name}", **options) as bar:
+            for batch in loader:
+                yield batch
+                bar.set_postfix_str(f"loss {state.losses[-1]:.4f}" if state.losses else "", refresh=False)
+                bar.update(size)
 
-def _loader(fold: Fold, workers: int) -> DataLoader:
-    """All batches that are left, in one loader, so that its workers run on while the fold is validated."""
-    recipe, on_gpu = fold.recipe, fold.accelerator.device.type == "cuda"
-    if workers < 0:
-        workers = min(8, os.cpu_count()) if on_gpu else 0  # on a CPU the network needs every core
-    augment = dataset.augmentation(
-        recipe.hflip, recipe.crop_height, recipe.crop_width, recipe.brightness, recipe.contrast,
-        recipe.scale, recipe.shift, recipe.rotate,
-    )  # fmt: skip
-    return DataLoader(
-        dataset.TrainingPictures(fold.source, fold.train_rows, augment, recipe.seed),
-        batch_sampler=fold.keys[fold.step :],
-        num_workers=workers,
-        pin_memory=on_gpu,
-        generator=torch.Generator().manual_seed(recipe.seed),  # so that the global random state is left alone
-    )
+    def _due(self, time_is_up: bool, saved: float) -> list[bool]:
+        """Whether to stop, and whether to save: the first process decides for all, since their clocks differ."""
+        state = self.state
+        if not state.accelerator.sync_gradients or (self.processes > 1 and state.step % READ_EVERY):
+            return [False, False]
+        return broadcast_object_list([time_is_up, time.monotonic() - saved > SAVE_MINUTES * 60])
 
-
-def _bar(fold: Fold, loader: DataLoader):
-    """The loader under a progress bar that counts pictures."""
-    size = fold.recipe.batch_size * fold.processes
-    options = {"total": len(fold.keys) * size, "initial": fold.step * size, "disable": fold.rank > 0}
-    with progress(None, f"training {fold.folder.name}", **options) as bar:
-        for batch in loader:
-            yield batch
-            bar.set_postfix_str(f"loss {fold.losses[-1]:.4f}" if fold.losses else "", refresh=False)
-            bar.update(size)
-
-
-def _read_losses(fold: Fold, pending: list) -> None:
-    """Move losses from the device to the fold; one that is not finite ends the training with its pictures' names."""
-    values = torch.stack([loss for loss, _ in pending]).tolist()
-    for i, (value, (_, rows)) in enumerate(zip(values, pending, strict=True)):
-        if not math.isfinite(value):
-            step = fold.step - len(pending) + i + 1
-            names = ", ".join(fold.pictures["img"].iloc[rows.tolist()])
-            raise UserError(f"The loss of step {step} is {value}, in the batch {names}. Lower lr, or set amp to no.")
-    fold.losses += values
-
-
-def _launch(fold: Fold, max_hours: float, workers: int, watch: Callable[[], None]) -> None:
-    """Train with `accelerate launch`, whose processes read the recipe in run.json, then take up their state."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    command += ["--num_processes", str(fold.processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "-m", "carvana.training.trainer", str(fold.run_dir), str(fold.number)]
-    command += ["--max-hours", str(max_hours), "--workers", str(workers)]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_TORCH_DEVICE"}
-    reason = ""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            for line in process.stderr:
-                reason = reason or line.startswith("carvana: ") and line.removeprefix("carvana: ").strip()
-                if not reason:  # what follows is the launcher's own traceback
-                    print(line, end="", file=sys.stderr)
-                watch()
-        finally:
-            process.terminate()
-    if process.returncode:
-        raise UserError(reason or f"The processes of {fold.folder} were killed. Lower batch_size, then workers.")
-    fold.resume()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Train a fold of a run that 03_train began, as one of the processes that share it; 0 when done."""
-    parser = argparse.ArgumentParser("carvana.training.trainer", description=main.__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("fold", type=int)
-    parser.add_argument("--max-hours", type=float, default=0.0)
-    parser.add_argument("--workers", type=int, default=-1)
-    options = parser.parse_args(arguments)
-    known = read_json(options.run_dir / "run.json")["parameters"]
-    try:
-        recipe, data, hq = Recipe.of(known), resolve(known["data_dir"]), known["hq"]
-        pictures = photos.index(data, hq, given(known["exclude"]))
-        decoded = dataset.Decoded(photos.photographs(data, "train", hq), pictures, recipe.height, recipe.width)
-        source = dataset.cached(decoded, options.run_dir.parent / "cache")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        dealt = read_folds(options.run_dir)
-        fold = Fold(recipe, pictures, source, dealt, options.fold, options.run_dir, processes)
-        train(fold, options.max_hours, options.workers)
-    except UserError as error:
-        print(f"carvana: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    def _read_losses(self, pending: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Move losses from the device to the state; one that is not finite ends the training with its images' names."""
+        state = self.state
+        losses = torch.stack([loss for loss, _ in pending]).tolist()
+        for i, (loss, (_, rows)) in enumerate(zip(losses, pending, strict=True)):
+            if not math.isfinite(loss):
+                step = state.step - len(pending) + i + 1
+                names = ", ".join(self.samples["img"].iloc[rows.tolist()])
+                raise UserError(f"The loss of step {step} is {loss}, in the batch {names}. Lower lr, or set amp to no.")
+        state.losses += losses

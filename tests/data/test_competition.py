@@ -4,10 +4,12 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import HEIGHT, VIEWS, WIDTH, ellipse
+from PIL import Image
 
 from carvana import rle
-from carvana.data import competition as photos
-from carvana.files import UserError
+from carvana.data import images
+from carvana.data.competition import Competition, excluded_names
+from carvana.errors import UserError
 
 
 def as_zips(folder):
@@ -19,86 +21,86 @@ def as_zips(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_index_pairs_every_photograph_with_its_mask_by_name(shared_competition):
-    pictures = photos.index(shared_competition)
-    assert len(pictures) == 4 * VIEWS
-    assert pictures["car"].nunique() == 4
-    for row in pictures.itertuples():
+def test_samples_pair_every_image_with_its_mask_by_name(shared_competition):
+    samples = Competition(shared_competition).samples
+    assert len(samples) == 4 * VIEWS
+    assert samples["car"].nunique() == 4
+    for row in samples.itertuples():
         car = int(row.car, 16) - 1
         assert np.array_equal(rle.decode(row.rle, HEIGHT, WIDTH), ellipse(car, row.view))
         assert row.area == pytest.approx(ellipse(car, row.view).mean())
 
 
-def test_zips_give_the_same_index_and_pictures_as_folders(competition, shared_competition):
+def test_zips_give_the_same_samples_and_images_as_folders(competition, shared_competition):
+    shared = shared_competition
     as_zips(competition)
     assert not (competition / "train").exists()
-    assert photos.index(competition).equals(photos.index(shared_competition))
-    for part in ("train", "test"):
-        packed, plain = photos.photographs(competition, part), photos.photographs(shared_competition, part)
+    assert Competition(competition).samples.equals(Competition(shared_competition).samples)
+    pairs = ((Competition(folder).train_images, Competition(folder).test().images) for folder in (competition, shared))
+    for packed, plain in zip(*pairs, strict=True):
         assert packed.names == plain.names
         assert packed.read(packed.names[0]) == plain.read(plain.names[0])
 
 
 def test_gifs_stand_in_for_a_missing_csv(competition, shared_competition):
     (competition / "train_masks.csv").unlink()
-    assert photos.index(competition).equals(photos.index(shared_competition))
+    assert Competition(competition).samples.equals(Competition(shared_competition).samples)
 
 
 def test_hq_chooses_the_hq_archive(competition):
     (competition / "train").rename(competition / "train_hq")
-    assert photos.photographs(competition, "train", hq=True).path.name == "train_hq"
+    assert Competition(competition, hq=True).train_images.path.name == "train_hq"
     with pytest.raises(UserError, match=r"holds neither train/ nor train.zip"):
-        photos.photographs(competition, "train")
+        Competition(competition).train_images.names
 
 
-def test_natural_size_is_the_block_mean_of_the_padded_picture(real_data):
-    tests = photos.photographs(real_data / "carvana", "test")
-    full = photos.full_picture(tests, tests.names[0])
+def test_natural_size_is_the_block_mean_of_the_padded_image(real_data):
+    tests = Competition(real_data / "carvana").test().images
+    full = images.read_full_image(tests, tests.names[0])
     assert full.shape == (1280, 1918, 3)
     padded = np.pad(full, [(0, 0), (0, 2), (0, 0)], mode="edge").astype(float)
     for height, width, k in ((320, 480, 4), (640, 960, 2)):
-        small, size = photos.picture(tests, tests.names[0], height, width)
+        small, size = images.read_image(tests, tests.names[0], height, width)
         assert size == (1280, 1918)
         mean = padded.reshape(height, k, width, k, 3).mean((1, 3))
         assert np.abs(small - mean).mean() < 0.3
 
 
 def test_any_other_size_goes_through_one_resize(real_data):
-    tests = photos.photographs(real_data / "carvana", "test")
-    assert photos.picture(tests, tests.names[0], 384, 384)[0].shape == (384, 384, 3)
+    tests = Competition(real_data / "carvana").test().images
+    assert images.read_image(tests, tests.names[0], 384, 384)[0].shape == (384, 384, 3)
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "saved by a spreadsheet"])
-def test_a_table_excludes_the_pictures_that_a_person_has_marked(competition, tmp_path, start):
+def test_a_table_excludes_the_images_that_a_person_has_marked(competition, tmp_path, start):
     names = ["000000000001_01.jpg", "000000000001_02.jpg", "000000000002_01.jpg"]
     rows = [f"{name},7,{mark}" for name, mark in zip(names, ("x", "", "wrong"), strict=True)]
     table = tmp_path / "quality.csv"
     table.write_text("\n".join([f"{start}img,disputed,exclude", *rows]), encoding="utf-8")
-    photographs = photos.photographs(competition, "train")
-    assert photos.excluded(table, photographs) == {names[0], names[2]}
+    train_images = Competition(competition).train_images
+    assert excluded_names(table, train_images) == {names[0], names[2]}
     table.write_text(f"{start}img,disputed,exclude\n", encoding="utf-8")
-    assert photos.excluded(table, photographs) == set()
+    assert excluded_names(table, train_images) == set()
 
 
-def test_excluded_pictures_are_left_out(competition, tmp_path):
+def test_excluded_images_are_left_out(competition, tmp_path):
     listed = tmp_path / "bad.csv"
     listed.write_text("img,reason\n000000000001_01.jpg,blurred\n")
-    assert "000000000001_01.jpg" not in set(photos.index(competition, exclude=listed)["img"])
+    assert "000000000001_01.jpg" not in set(Competition(competition, exclude=listed).samples["img"])
     listed.write_text("000000000001_09.jpg\n")
     with pytest.raises(UserError, match=r"bad.csv names 000000000001_09.jpg, .* did you mean"):
-        photos.index(competition, exclude=listed)
+        Competition(competition, exclude=listed).samples
 
 
-def test_rows_wanted_follow_the_sample_or_the_folder(competition, tmp_path):
-    tests = photos.photographs(competition, "test")
-    sample = competition / "sample_submission.csv"
-    names = sorted(tests.names, reverse=True)
+def test_names_to_predict_follow_the_sample_or_the_folder(competition):
+    opened, sample = Competition(competition), competition / "sample_submission.csv"
+    names = sorted(opened.test().images.names, reverse=True)
     sample.write_text("img,rle_mask\n" + "".join(f"{name},1 1\n" for name in names))
-    assert photos.rows_wanted(competition, tests) == names
-    assert photos.rows_wanted(competition, photos.photographs(competition, "train"))[0] == "000000000001_01.jpg"
+    assert opened.test().names == names
+    assert opened.test(competition / "train").names[0] == "000000000001_01.jpg"
     sample.write_text("img,rle_mask\n" + "".join(f"{name},1 1\n" for name in [*names, "x_01.jpg"]))
     with pytest.raises(UserError, match=r"lacks 1 of 5 .* x_01.jpg"):
-        photos.rows_wanted(competition, tests)
+        opened.test()
 
 
 def remove_mask_row(data):
@@ -107,10 +109,10 @@ def remove_mask_row(data):
 
 
 def add_smaller_gif(data):
-    photos.Image.new("P", (WIDTH, HEIGHT - 1)).save(data / "train_masks" / "000000000001_01_mask.gif")
+    Image.new("P", (WIDTH, HEIGHT - 1)).save(data / "train_masks" / "000000000001_01_mask.gif")
 
 
-def cut_photograph(data):
+def cut_image(data):
     path = data / "train" / "000000000001_01.jpg"
     path.write_bytes(path.read_bytes()[:20])
 
@@ -126,18 +128,18 @@ def run_outside(data):
         (shutil.rmtree, r"data_dir .*data does not exist"),
         (lambda data: shutil.rmtree(data / "train"), r"holds neither train/ nor train.zip"),
         (lambda data: [file.unlink() for file in (data / "train").iterdir()], r"train holds no .jpg files"),
-        (remove_mask_row, r"1 of 16 pictures have no mask in train_masks.csv, first 000000000004_04.jpg"),
-        (add_smaller_gif, r"mask 000000000001_01_mask.gif is 126x95, its photograph 126x96"),
-        (cut_photograph, r"photograph 000000000001_01.jpg cannot be decoded"),
+        (remove_mask_row, r"1 of 16 images have no mask in train_masks.csv, first 000000000004_04.jpg"),
+        (add_smaller_gif, r"mask 000000000001_01_mask.gif is 126x95, its image 126x96"),
+        (cut_image, r"image 000000000001_01.jpg cannot be decoded"),
         (run_outside, r"mask of 000000000001_01.jpg does not fit"),
-        (lambda data: (data / "train" / "car.jpg").write_bytes(b""), r"photograph car.jpg cannot be decoded"),
+        (lambda data: (data / "train" / "car.jpg").write_bytes(b""), r"image car.jpg cannot be decoded"),
         (lambda data: (data / "train_masks.csv").write_bytes(b"\xff\xfe"), r"train_masks.csv is not a table"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(competition, damage, message):
     damage(competition)
     with pytest.raises(UserError, match=message) as error:
-        photos.index(competition)
+        Competition(competition).samples
     assert "\n" not in str(error.value)
 
 
@@ -145,26 +147,26 @@ def test_a_broken_zip_is_named(competition):
     shutil.rmtree(competition / "train")
     (competition / "train.zip").write_bytes(b"PK not a zip")
     with pytest.raises(UserError, match=r"train.zip is not a whole zip"):
-        photos.index(competition)
+        Competition(competition).samples
 
 
 def test_any_folder_is_predicted_whole_even_if_the_sample_names_more(competition, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     shutil.copy(competition / "test" / "000000000005_02.jpg", own)
-    assert photos.rows_wanted(competition, photos.Archive(own, ".jpg")) == ["000000000005_02.jpg"]
+    assert Competition(competition).test(own).names == ["000000000005_02.jpg"]
 
 
-def test_hidden_files_of_a_mac_are_no_pictures(competition, shared_competition):
+def test_hidden_files_of_a_mac_are_no_images(competition, shared_competition):
     (competition / "train" / "._000000000001_01.jpg").write_bytes(b"resource fork")
-    assert photos.index(competition).equals(photos.index(shared_competition))
+    assert Competition(competition).samples.equals(Competition(shared_competition).samples)
 
 
 def test_excluding_everything_is_refused(competition, tmp_path):
     listed = tmp_path / "all.txt"
-    listed.write_text("\n".join(photos.photographs(competition, "train").names))
-    with pytest.raises(UserError, match=r"all.txt names every picture"):
-        photos.index(competition, exclude=listed)
+    listed.write_text("\n".join(Competition(competition).train_images.names))
+    with pytest.raises(UserError, match=r"all.txt names every image"):
+        Competition(competition, exclude=listed).samples
 
 
 def test_a_damaged_member_of_a_zip_is_named(competition):
@@ -174,4 +176,4 @@ def test_a_damaged_member_of_a_zip_is_named(competition):
     data[200:240] = bytes(40)
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"000000000001_01.jpg"):
-        photos.full_picture(photos.photographs(competition, "train"), "000000000001_01.jpg")
+        images.read_full_image(Competition(competition).train_images, "000000000001_01.jpg")

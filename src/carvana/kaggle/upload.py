@@ -1,0 +1,107 @@
+"""Bytes to Kaggle's storage: a cut or killed upload goes on where it was.
+
+The client would send a cut upload anew from its start.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import requests
+from tqdm.utils import CallbackIOWrapper
+
+from carvana.errors import UserError
+from carvana.files import atomic, read_json, stamp
+from carvana.kaggle.client import with_retries
+from carvana.parallel import progress
+
+
+class Upload:
+    """A file on its way to Kaggle's storage, noted in a file beside it, so that a killed upload goes on.
+
+    `mark` names the upload in what is made of it, so that a lost answer can be looked up.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.note = path, path.with_name(f".{path.name}.upload")
+        self.stamp = [list(entry) for entry in stamp(path)]
+        note = read_json(self.note) if self.note.exists() else {}
+        self.resumed = note.get("stamp") == self.stamp
+        self.facts: dict[str, Any] = note if self.resumed else {"stamp": self.stamp, "mark": secrets.token_hex(4)}
+        self.cut, self.arrived = self.resumed, 0
+
+    @property
+    def mark(self) -> str:
+        """Eight hex digits, the same after a restart."""
+        return self.facts["mark"]
+
+    def send(self, start: Callable[[], tuple[str, str]]) -> str:
+        """Bring every byte there; returns the token that stands for the file. start: asks for (token, address)."""
+        what = f"Upload of {self.path}"
+        for again in (False, True):
+            if "token" not in self.facts:
+                self.facts["token"], self.facts["address"] = start()
+                self.save()
+            if with_retries(what, self._put, grown=lambda: self.arrived):
+                return str(self.facts["token"])
+            if not again:
+                print(f"{what} cannot go on where it was cut: once more, in full")
+            del self.facts["token"]
+            self.cut, self.arrived = False, 0
+        raise UserError(f"{what}: the line to Kaggle's storage breaks again and again. Start again later.")
+
+    def save(self) -> None:
+        """Note what has been agreed on; only the owner can read it."""
+        with atomic(self.note) as file:
+            file.write(json.dumps(self.facts).encode())
+        self.note.chmod(0o600)
+
+    def done(self) -> None:
+        """Forget it."""
+        self.note.unlink(missing_ok=True)
+
+    def _put(self) -> bool:
+        """One try from where the storage has it; False where it does not say where that is."""
+        size = self.path.stat().st_size
+        if self.cut:
+            where = self._where(size)
+            if where is None:
+                return False
+            self.arrived = where
+        self.cut = True
+        first, headers = self.arrived, {}
+        if first == size:
+            return True
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+        with self.path.open("rb") as file, progress(None, "uploading", "B", total=size, initial=first) as bar:
+            file.seek(first)
+            response = requests.put(self.facts["address"], data=CallbackIOWrapper(bar.update, file), headers=headers)
+        return self._taken(response)
+
+    def _where(self, size: int) -> int | None:
+        """Bytes that the storage has; None where it does not say."""
+        headers = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+        response = requests.put(self.facts["address"], headers=headers)
+        if response.status_code in (200, 201):
+            return size
+        if response.status_code == 308:
+            last = re.fullmatch(r"bytes=0-(\d+)", response.headers.get("Range", ""))
+            return int(last[1]) + 1 if last else 0
+        if response.status_code == 429 or response.status_code >= 500:
+            response.raise_for_status()
+        return None
+
+    def _taken(self, response: requests.Response) -> bool:
+        status = response.status_code
+        if status in (200, 201):
+            return True
+        if status in (408, 429) or status >= 500:
+            response.raise_for_status()
+        if status == 308:
+            raise requests.ConnectionError("not all has arrived")
+        self.done()
+        raise UserError(f"Upload of {self.path}: Kaggle's storage refused it ({status}). Start again later.")

@@ -1,0 +1,72 @@
+"""Work on several threads and processes, and the progress bar that goes with it."""
+
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from carvana.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def overlapped(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    """`function(*item)` of every item, in order, on as many threads as cores.
+
+    At most four results a core wait, so that memory stays flat where the items come faster than they are worked on.
+    """
+    cores, waiting = os.cpu_count() or 1, deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > 4 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def progress(items: Iterable[Any] | None, what: str, unit: str = "images", **options: Any) -> tqdm:
+    """A progress bar with rate and time left; outside a terminal it is renewed every 10 s, so that logs stay short."""
+    live = sys.stderr.isatty()
+    interval = 0.2 if live else 10
+    return tqdm(items, desc=what, unit=" " + unit, mininterval=interval, ascii=not live, ncols=100, **options)
+
+
+def tame_allocator() -> None:
+    """Keep freed memory in the process: glibc otherwise returns and faults in every large tensor again.
+
+    Training on a CPU is 1.16 (bf16) to 1.3 times (float32) faster. It holds for processes that start afterwards; other
+    systems ignore it.
+    """
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31 - 1))
+    os.environ.setdefault("MALLOC_TOP_PAD_", str(256 << 20))
+
+
+def launch(module: str, arguments: Iterable[object], processes: int, on_line: Callable[[], None]) -> None:
+    """Run `python -m module arguments` in connected processes, each on a device of its own, by `accelerate launch`.
+
+    What they write to stderr goes to ours, and `on_line` is called after each line. UserError with the line
+    `carvana: ...` of a process that failed.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", module, *map(str, arguments)]
+    reason = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr or ():
+                if not reason and line.startswith("carvana: "):
+                    reason = line.removeprefix("carvana: ").strip()
+                if not reason:  # what follows is the launcher's own traceback
+                    print(line, end="", file=sys.stderr)
+                on_line()
+        finally:
+            process.terminate()
+    if process.returncode:
+        raise UserError(reason or f"The {processes} processes were killed. Lower batch_size, then workers.")

@@ -1,0 +1,141 @@
+"""The look of every figure: colours, pages, axes, legends.
+
+A colour means the same thing everywhere and is safe for colour-blind eyes (after Okabe and Ito, folds after Tol).
+"""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from carvana.data.folds import HOLDOUT
+from carvana.files import atomic
+from carvana.metrics import ERROR_PARTS
+
+TRUE_COLOUR, PREDICTED_COLOUR = "#009E73", "#CC79A7"  # the mask of the competition and ours
+EDGE_COLOURS = "#C9CED6", "#97A0AE", "#5F6A7B"  # wrong pixels within 1, 3 and 10 pixels of the true edge
+SERIES_COLOUR, HIGHLIGHT_COLOUR = "#4A5568", "#E69F00"  # a plain series, and what the title speaks of
+FOLD_COLOURS = "#332288", "#88CCEE", "#999933", "#882255", "#DDCC77", "#AA4499", "#6699CC", "#661100"
+HOLDOUT_COLOUR = "#A3A3A3"  # cars that no fold sees
+PAGE_WIDTH, DPI = 9.5, 110  # inches, and dots an inch: 1045 pixels, the width of a notebook's page
+FONT_SIZE = 10.5  # points
+
+ERROR_TEXTS = {"#D55E00": "car missed", "#0072B2": "background taken for car"}  # false negatives, then false positives
+EDGE_TEXTS = "1 pixel from the true edge", "2 to 3 pixels from it", "4 to 10 pixels from it"
+PART_COLOURS = dict(zip(ERROR_PARTS, [*EDGE_COLOURS, *ERROR_TEXTS], strict=True))
+PART_TEXTS = dict(zip(ERROR_PARTS, [*EDGE_TEXTS, *(f"farther: {t}" for t in ERROR_TEXTS.values())], strict=True))
+ERROR_LEGEND = ERROR_TEXTS | {TRUE_COLOUR: "true edge"}
+
+DOTS: dict[str, Any] = {  # of matplotlib's errorbar
+    "fmt": "o", "color": PREDICTED_COLOUR, "ecolor": SERIES_COLOUR, "capsize": 3, "markersize": 6,
+}  # fmt: skip
+ROUND_SCORES = 0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995  # to label axes with
+
+
+class Page(Figure):
+    """A figure that a notebook shows where it is the last line of a cell, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=DPI)
+        return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | Path) -> Figure:
+    """Write a PNG whole or not at all; returns the figure, so that a notebook's last line shows it."""
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+    return figure
+
+
+def fold_colour(fold: int) -> str:
+    """The colour of a fold, grey for the held-out cars."""
+    return HOLDOUT_COLOUR if fold == HOLDOUT else FOLD_COLOURS[fold % len(FOLD_COLOURS)]
+
+
+def rgb(colour: str) -> np.ndarray:
+    """Red, green and blue, (3,) from 0 to 255."""
+    return 255 * np.array(to_rgb(colour))
+
+
+def panels(count: int, columns: int, aspect: float, title: str, **inches: float) -> tuple[Page, list[Axes]]:
+    """Panels for images of height / width = `aspect`.
+
+    inches: `line` for the title of each panel (0.25), `foot` below all (0).
+    """
+    columns = max(1, min(columns, count))
+    rows, width = -(-count // columns), min(PAGE_WIDTH, max(5, 3.2 * columns))
+    height = rows * (width / columns * aspect + inches.get("line", 0.25)) + 0.35 + inches.get("foot", 0)
+    figure = Page(figsize=(width, height), layout="constrained")
+    set_title(figure, title)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """What the figure says, above all its panels."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=FONT_SIZE + 1, fontweight="bold")
+
+
+def charts(rows: int, columns: int, height: float, **layout: Any) -> tuple[Page, list[Axes]]:
+    """Axes of the suite's look in a page of `height` inches; layout: of matplotlib's subplots."""
+    figure = Page(figsize=(PAGE_WIDTH, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=FONT_SIZE - 1)
+        ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "") -> None:
+    """Title and names of the axes; percent: letters of the axes that show shares."""
+    ax.set_title(title, loc="left", fontsize=FONT_SIZE + 1, fontweight="bold")
+    ax.set_xlabel(x, fontsize=FONT_SIZE)
+    ax.set_ylabel(y, fontsize=FONT_SIZE)
+    for letter in percent:
+        getattr(ax, f"{letter}axis").set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
+
+
+def logit_axis(ax: Axes, letter: str, scores: np.ndarray) -> None:
+    """Make the axis "x" or "y" a logit scale, which leaves room for 0.99 and for 0.999, labelled with plain scores.
+
+    scores: what is drawn on it, from `inside`.
+    """
+    low, high = scores.min(), scores.max()
+    ticks = [tick for tick in ROUND_SCORES if low <= tick <= high]
+    if len(ticks) < 4:
+        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if 0 < tick < 1]
+    ax.set(**{f"{letter}scale": "logit"})
+    axis = getattr(ax, f"{letter}axis")
+    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 8)]))
+    axis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:.4g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def inside(scores: Iterable[float]) -> np.ndarray:
+    """Scores as a logit scale can show them: strictly between 0 and 1."""
+    return np.clip(np.asarray(scores, dtype=float), 1e-3, 1 - 1e-5)
+
+
+def logit(scores: Iterable[float]) -> np.ndarray:
+    """Where a logit scale shows scores, 0 and 1 included."""
+    clipped = inside(scores)
+    return np.log(clipped / (1 - clipped))
+
+
+def colour_legend(figure: Figure, texts: dict[str, str], title: str = "") -> None:
+    """What colours mean, below all panels; texts: by colour."""
+    look: dict[str, Any] = {"fontsize": FONT_SIZE, "title_fontsize": FONT_SIZE, "frameon": False}
+    handles = [Patch(color=colour, label=text) for colour, text in texts.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), title=title or None, **look)

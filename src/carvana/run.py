@@ -1,0 +1,215 @@
+"""A run's folder: the only place that knows the names of its files, and reads and writes its tables and notes."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from carvana.data.folds import HOLDOUT, make_folds
+from carvana.errors import UserError
+from carvana.files import project_root, read_json, resolve, write_json, write_text
+from carvana.metrics import mean_over_cars
+
+PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
+
+
+class Run:
+    """The folder `runs_dir`/`run_name`. Making one reads and writes nothing."""
+
+    def __init__(self, runs_dir: str | Path, run_name: str):
+        self.runs_dir, self.name = resolve(runs_dir), run_name
+        self.folder = self.runs_dir / run_name
+        self.cache_dir = self.runs_dir / "cache"  # of training samples, for all runs
+        self.shards_dir = self.folder / "parts"
+        self.worst_dir = self.folder / "figures" / "worst"
+        self.scores_path = self.folder / "scores.csv"
+        self.quality_path = self.folder / "quality.csv"
+        self.ensemble_path = self.folder / "ensemble.json"
+        self.submission_path = self.folder / "submission.json"
+        self.report_path = self.folder / "report.html"
+
+    @staticmethod
+    def trained(runs_dir: str | Path) -> list[str]:
+        """Names of the runs in `runs_dir` that have a trained fold."""
+        return sorted({path.parent.parent.name for path in resolve(runs_dir).glob("*/fold*/best.safetensors")})
+
+    def fold_dir(self, fold: int) -> Path:
+        """Where a fold's files are; those of the cars that no fold sees have a folder of their own."""
+        return self.folder / (f"fold{fold}" if fold != HOLDOUT else "holdout")
+
+    def checkpoint(self, fold: int, kind: str = "best") -> Path:
+        """The weights of a fold; kind: "best" or "last"."""
+        return self.fold_dir(fold) / f"{kind}.safetensors"
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Best checkpoint of every fold that has one; UserError where none has."""
+        paths = sorted(self.folder.glob("fold*/best.safetensors"))
+        if not paths:
+            reason = "Train with 03_train first, or correct run_name or members."
+            raise UserError(f"{self.folder} has no trained fold. {reason}")
+        return {int(path.parent.name.removeprefix("fold")): path for path in paths}
+
+    def figure(self, name: str) -> Path:
+        """Where the figure `name` is saved."""
+        return self.folder / "figures" / f"{name}.png"
+
+    def notebook(self, title: str) -> Path:
+        """Where the executed notebook `title` is saved."""
+        return self.folder / "notebooks" / f"{title}.ipynb"
+
+    def split(self, samples: pd.DataFrame, n_folds: int, holdout_cars: int, seed: int) -> pd.DataFrame:
+        """The run's folds.csv, written by whoever comes first: a table car, fold.
+
+        UserError where it belongs to other cars or parameters.
+        """
+        path, folds = self.folder / "folds.csv", make_folds(samples, n_folds, holdout_cars, seed)
+        if not path.exists():
+            write_text(path, folds.to_csv(index=False))
+        if not self.folds().equals(folds):
+            raise UserError(
+                f"{path} was made with other cars, masks, exclude, n_folds, holdout_cars or seed. "
+                "Choose another run_name, or delete the run to start it anew."
+            )
+        return folds
+
+    def folds(self) -> pd.DataFrame:
+        """Table car, fold; UserError where the run has none."""
+        path = self.folder / "folds.csv"
+        if not path.exists():
+            raise UserError(f"{path} does not exist. Train with 03_train first, or correct run_name or runs_dir.")
+        return read_csv(path)
+
+    def history(self, fold: int) -> pd.DataFrame:
+        """A row a validation of a fold."""
+        return read_csv(self.fold_dir(fold) / "history.csv")
+
+    def histories(self) -> dict[str, pd.DataFrame]:
+        """Histories by "0", "1", ...; where the run only blends others, those of its members, by "RUN/0", ..."""
+        folders = sorted(self.folder.glob("fold*"))
+        if not folders and self.ensemble_path.exists():
+            members = read_json(self.ensemble_path).get("members", [])
+            folders = [(self.folder / member["path"]).resolve().parent for member in members]
+        histories = {}
+        for path in (folder / "history.csv" for folder in folders):
+            if path.exists() and len(history := read_csv(path)):
+                prefix = "" if path.parent.parent == self.folder else f"{path.parent.parent.name}/"
+                histories[prefix + path.parent.name.removeprefix("fold")] = history
+        return dict(sorted(histories.items(), key=lambda item: (len(item[0]), item[0])))
+
+    def training_minutes(self) -> float:
+        """Minutes that the run's own folds were trained, all together."""
+        return sum(read_csv(path)["seconds"].max() for path in self.folder.glob("fold*/history.csv")) / 60
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether 04_evaluate has scored the run."""
+        return self.scores_path.exists()
+
+    def scores(self) -> pd.DataFrame:
+        """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
+        if not self.has_scores:
+            raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
+        return read_csv(self.scores_path)
+
+    def out_of_fold_dice(self) -> float | None:
+        """Mean Dice of the images that a fold has scored; None where the run has no scores."""
+        if not self.has_scores:
+            return None
+        scores = self.scores()
+        return float(scores.loc[scores["fold"] >= 0, "dice"].mean())
+
+    def quality(self) -> pd.DataFrame | None:
+        """quality.csv with a person's marks in the column exclude; None where the run has none."""
+        if not self.quality_path.exists():
+            return None
+        return read_csv(self.quality_path, dtype={"car": str, "exclude": str}).fillna({"exclude": ""})
+
+    def write_start(self, parameters: dict[str, Any], data: str) -> None:
+        """Write run.json: what the run starts with; data: fingerprint of its samples."""
+        machine = {"system": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()}
+        versions = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+        facts = {"parameters": parameters, "data": data, "versions": versions, "commit": _commit(), "machine": machine}
+        write_json(self.folder / "run.json", facts)
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of training in run.json."""
+        return read_json(self.folder / "run.json")["parameters"]
+
+    def note(self, name: str) -> dict[str, Any]:
+        """What NAME.json of the run says, {} where it is not there; name: run, ensemble, submission or steps."""
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.exists() else {}
+
+    def write_note(self, name: str, facts: dict[str, Any]) -> None:
+        """Write NAME.json."""
+        write_json(self.folder / f"{name}.json", facts)
+
+    def result_lines(self) -> Iterator[str]:
+        """Where the submission, the notebooks and the scores are; last the true Dice where it is known."""
+        submission = read_json(self.submission_path)
+        yield f"submission  {submission['path']} ({submission['rows']} images, valid)"
+        yield f"notebooks   {self.folder / 'notebooks'}"
+        yield f"scores      {self.scores_path}, report {self.report_path}"
+        if "true_dice" in submission:
+            yield f"true Dice {submission['true_dice']:.6f}"
+
+
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a table with pandas, cars as text; UserError where the file is missing or no table."""
+    try:
+        return pd.read_csv(path, **{"dtype": {"car": str}} | options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a table: {error}. Delete it and run the step that writes it again.") from error
+
+
+def _commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    git = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def shared_folds(runs: list[Run]) -> pd.DataFrame:
+    """Table car, fold that all runs share; UserError where one has other folds."""
+    folds = runs[0].folds()
+    for run in runs[1:]:
+        if not run.folds().equals(folds):
+            raise UserError(
+                f"members: {run.folder} has other folds than {runs[0].folder}, so a blend would score cars that it has "
+                "seen. Train them with the same n_folds, holdout_cars and seed."
+            )
+    return folds
+
+
+def shared_checkpoints(runs: list[Run]) -> dict[int, list[Path]]:
+    """Best checkpoints of the folds that all runs have finished, by fold, in the order of the runs."""
+    by_run = [run.checkpoints() for run in runs]
+    shared = sorted(set.intersection(*(set(by_fold) for by_fold in by_run)))
+    return {fold: [by_fold[fold] for by_fold in by_run] for fold in shared}
+
+
+def compare(runs: list[Run]) -> pd.DataFrame:
+    """Runs side by side on the images that all of them have scored, best first.
+
+    Columns: run, dice with its 95 % interval (low, high), what the best run has more (behind) with the paired interval
+    (least, most), images, and the minutes that its own folds were trained. UserError for a run without scores.csv.
+    """
+    tables = {run: run.scores().set_index("img") for run in runs}
+    common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    if not common:
+        raise UserError(f"{' and '.join(str(run.folder) for run in runs)} have scored no image in common.")
+    tables = {run: table.loc[common] for run, table in tables.items()}
+    best = max(tables.values(), key=lambda table: table["dice"].mean())
+    rows = []
+    for run, table in tables.items():
+        dice = mean_over_cars(table["dice"], table["car"])
+        behind = mean_over_cars(best["dice"] - table["dice"], table["car"])
+        rows.append((run.name, *dice, *behind, len(common), run.training_minutes()))
+    columns = ["run", "dice", "low", "high", "behind", "least", "most", "images", "minutes"]
+    return pd.DataFrame(rows, columns=columns).sort_values("behind", ignore_index=True)
