@@ -96,7 +96,7 @@ def test_a_checkpoint_alone_rebuilds_the_network(tmp_path):
     models.save_checkpoint(tmp_path / "best.safetensors", model.state_dict(), SMALL, dice=0.5)
     loaded, facts = models.load_checkpoint(tmp_path / "best.safetensors")
     assert facts == {"dice": 0.5}
-    assert loaded.network == SMALL
+    assert loaded.config == SMALL
     assert torch.equal(loaded(images), model(images))
 
 
