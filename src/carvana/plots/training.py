@@ -62,8 +62,7 @@ class LiveDisplay(io.TextIOBase):
     def draw(self) -> None:
         """Renew the figures, unless that was done a moment ago."""
         began = time.monotonic()
-        started = str(self.trainer.fold) in self.trainer.run.histories()
-        if began < self.pause_until or not started:
+        if began < self.pause_until or str(self.trainer.fold) not in self.trainer.run.histories():
             return
         self._show("curves", training_curves(self.trainer))
         self._show("strip", edge_strip(self.trainer))
