@@ -31,7 +31,7 @@ def seed(options: argparse.Namespace) -> dict:
     history = train(trainer, max_hours=options.minutes / 60)
     reached = history[history["iou"] >= 0.99]
     results = {"untrained_iou": history["iou"].iloc[0], "best_iou": history["iou"].max()}
-    results |= {"minutes": history["seconds"].max() / 60, "pictures": int(history["pictures"].max())}
+    results |= {"minutes": history["seconds"].max() / 60, "images_seen": int(history["images_seen"].max())}
     return results | {"minutes_to_iou_0.99": reached["seconds"].iloc[0] / 60 if len(reached) else None}
 
 
@@ -50,7 +50,7 @@ def best(options: argparse.Namespace) -> dict:
     scores = evaluate([run], competition, ["none", "hflip"]).scores
     unseen = scores[scores["fold"] == HOLDOUT]
     singles = {name: unseen[name].mean() for name in unseen.columns if name.startswith("dice:fold")}
-    results = {"minutes_a_fold": minutes, "ensemble": metrics.mean_over_cars(unseen["dice"], unseen["car"])}
+    results = {"minutes_a_fold": minutes, "ensemble": metrics.score_over_cars(unseen["dice"], unseen["car"])}
     return results | {"single_models": singles, "unseen_cars": unseen["car"].nunique()}
 
 
@@ -94,7 +94,7 @@ def step_speed(recipe: Recipe, peak: float) -> dict:
         state.train_step(images, targets)
     seconds = min(_seconds(lambda: state.train_step(images, targets)) for _ in range(3))
     return {
-        "pictures_per_s": recipe.batch_size / seconds,
+        "images_per_s": recipe.batch_size / seconds,
         "share_of_peak": counter.get_total_flops() / seconds / peak,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if state.device.type == "cuda" else None,
     }

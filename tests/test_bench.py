@@ -61,7 +61,7 @@ def test_the_seed_script_changes_what_an_arm_names(bench, shared_competition):
 
 def test_the_gpu_script_measures_steps_on_any_device(bench):
     speed = bench("gpu").step_speed(recipe(ema=0.0), peak=1e12)
-    assert speed["pictures_per_s"] > 0
+    assert speed["images_per_s"] > 0
     assert speed["share_of_peak"] > 0
 
 

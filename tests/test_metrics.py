@@ -21,14 +21,41 @@ def test_two_empty_masks_score_one_and_one_empty_mask_scores_zero():
     assert metrics.dice(one_empty) == metrics.iou(one_empty) == 0
 
 
-def test_interval_is_drawn_over_cars_not_images():
-    values, cars = np.repeat([0.0, 1.0], 16), np.repeat(["a", "b"], 16)
-    mean, low, high = metrics.mean_over_cars(values, cars)
-    assert (mean, low, high) == (0.5, 0.0, 1.0)
+def test_interval_is_that_of_cars_not_images():
+    cars = np.repeat(["a", "b", "c"], [1, 5, 9])
+    mean, low, high = metrics.mean_over_cars(np.repeat([1.0, 2.0, 3.0], [1, 5, 9]), cars)
+    assert mean == pytest.approx((1 + 10 + 27) / 15)
+    one_each = metrics.mean_over_cars(np.array([1.0, 2.0, 3.0]), np.array(["a", "b", "c"]))
+    assert one_each == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))  # Student's t, 2 degrees
+    assert low < mean < high
 
 
-def test_mean_of_one_car_has_no_width():
-    assert metrics.mean_over_cars(np.array([0.2, 0.4]), np.array(["a", "a"])) == pytest.approx((0.3, 0.3, 0.3))
+def test_one_car_says_nothing_of_others():
+    for interval in (metrics.mean_over_cars, metrics.score_over_cars):
+        mean, low, high = interval(np.array([0.2, 0.4]), np.array(["a", "a"]))
+        assert mean == pytest.approx(0.3)
+        assert np.isnan([low, high]).all()
+
+
+def test_a_score_has_its_interval_between_zero_and_one():
+    mean, low, high = metrics.score_over_cars(np.array([0.9999, 0.99, 0.6]), np.array(["a", "b", "c"]))
+    assert 0 < low < mean < high < 1
+    assert metrics.score_over_cars(np.ones(4), np.array(list("abcd"))) == (1, 1, 1)
+
+
+def coverage(interval, values, truth):
+    """Share of trials, rows of values, whose interval holds the truth."""
+    cars = np.arange(values.shape[1])
+    return np.mean([low <= truth <= high for _, low, high in (interval(trial, cars) for trial in values)])
+
+
+@pytest.mark.parametrize("n_cars", [6, 12, 50])
+def test_intervals_cover_the_truth_as_often_as_they_say(n_cars):
+    random = np.random.default_rng(1)
+    errors = 0.006 * np.exp(0.4 * random.normal(size=(3000, n_cars)))  # cars differ as they do in real runs
+    assert 0.92 < coverage(metrics.score_over_cars, 1 - errors, 1 - 0.006 * np.exp(0.08)) < 0.97
+    gains = 0.0003 * random.standard_t(5, size=(3000, n_cars))
+    assert 0.935 < coverage(metrics.mean_over_cars, gains, 0.0) < 0.975
 
 
 def test_error_bands_are_counted_from_the_true_edge():
@@ -41,6 +68,15 @@ def test_error_bands_are_counted_from_the_true_edge():
     predicted[8, 2] = False  # far inside
     expected = {"edge_1": 1, "edge_3": 1, "edge_10": 0, "missed": 1, "extra": 1}
     assert metrics.error_anatomy(predicted, true) == expected
+
+
+def test_distances_from_the_edge_are_exact():
+    true = np.zeros((41, 41), bool)
+    true[20, 20] = True
+    y, x = np.mgrid[:41, :41] - 20
+    distance = metrics.boundary_distance(true)
+    assert np.allclose(distance[~true], np.hypot(y, x)[~true], atol=1e-4)  # also along no axis and no diagonal
+    assert distance[20, 20] == 1
 
 
 @given(arrays(bool, (20, 20)), arrays(bool, (20, 20)), st.booleans())

@@ -14,7 +14,7 @@ import pandas as pd
 from carvana.data.folds import HOLDOUT, make_folds
 from carvana.errors import UserError
 from carvana.files import project_root, read_json, resolve, write_json, write_text
-from carvana.metrics import mean_over_cars
+from carvana.metrics import mean_over_cars, score_over_cars
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
 
@@ -208,7 +208,7 @@ def compare(runs: list[Run]) -> pd.DataFrame:
     best = max(tables.values(), key=lambda table: table["dice"].mean())
     rows = []
     for run, table in tables.items():
-        dice = mean_over_cars(table["dice"], table["car"])
+        dice = score_over_cars(table["dice"], table["car"])
         behind = mean_over_cars(best["dice"] - table["dice"], table["car"])
         rows.append((run.name, *dice, *behind, len(common), run.training_minutes()))
     columns = ["run", "dice", "low", "high", "behind", "least", "most", "images", "minutes"]

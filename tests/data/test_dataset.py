@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
@@ -39,6 +41,38 @@ def test_same_key_same_image_whatever_came_before(source):
     first = samples[2, 5][0].numpy()
     assert np.array_equal(training(source)[2, 5][0].numpy(), first)
     assert np.array_equal(samples[2, 5][0].numpy(), first)
+
+
+def test_transforms_are_chosen_independently_of_each_other():
+    source = [(np.full((2, 2, 3), [[60], [120]], np.uint8), np.zeros((2, 2), np.uint8))]  # dark left, bright right
+    augment = dataset.Augmentation(hflip=0.5, brightness=0.2).compose()
+    samples = dataset.TrainDataset(source, np.array([0]), augment, seed=1)
+    counts = Counter()
+    for epoch in range(2000):
+        left, right = samples[epoch, 0][0][0, :, 0].tolist()
+        counts[left > right, {left, right} != {60, 120}] += 1
+    assert len(counts) == 4
+    assert all(400 < count < 600 for count in counts.values())  # 500 each, five sigma
+
+
+def test_scaling_keeps_the_proportions(source):
+    augment = dataset.Augmentation(scale=0.3).compose()
+    image, target = np.zeros((96, 96, 3), np.uint8), np.zeros((96, 96), np.uint8)
+    target[32:64, 32:64] = 255
+    for seed in range(20):
+        augment.set_random_seed(seed)
+        scaled = augment(image=image, mask=target)["mask"] > 127
+        height, width = (np.count_nonzero(scaled.any(axis)) for axis in (1, 0))
+        assert abs(height - width) <= 1
+
+
+def test_colours_turn_only_where_that_is_asked_for():
+    image = np.full((8, 8, 3), (150, 40, 60), np.uint8)
+    for changes, turned in (({"hue": 0.5}, True), ({"saturation": 0.9}, True), ({"brightness": 0.0}, False)):
+        augment = dataset.Augmentation(**changes).compose()
+        samples = dataset.TrainDataset([(image, image[..., 0])], np.array([0]), augment, 1)
+        changed = [bool((samples[epoch, 0][0].numpy() != image).any()) for epoch in range(60)]
+        assert any(changed) == turned and not all(changed)
 
 
 def test_random_states_never_repeat_over_epochs_and_samples(source):

@@ -40,11 +40,27 @@ def test_a_part_of_the_mask_that_no_network_sees_is_disputed():
     assert pixels["disputed"] == 400
 
 
-@pytest.mark.parametrize("extra", [block(10, 50, 40, 4), block(30, 70, 4, 20)])
-def test_strips_narrower_than_five_pixels_are_what_soft_edges_look_like(extra):
+@pytest.mark.parametrize("extra", [block(10, 50, 40, 2), block(30, 70, 2, 20)])
+def test_strips_narrower_than_three_network_pixels_are_what_soft_edges_look_like(extra):
     true = block(10, 10, 40, 40)
     seen = certain(true | extra)
     assert issue([seen], [seen], true) == {"disputed": 0, "sure": 0.0}
+
+
+def test_an_edge_that_a_coarse_network_cannot_draw_is_not_disputed():
+    true = block(16, 16, 32, 48)
+    coarse = certain(true[::8, ::8], 9.0)
+    coarse[2:6, 8] = 9.0  # one network pixel too far
+    assert issue([coarse], [coarse], true)["disputed"] == 0
+    coarse[2:6, 8:11] = 9.0
+    assert issue([coarse], [coarse], true)["disputed"] > 300
+
+
+def test_sureness_is_the_mean_probability():
+    true, seen = block(0, 0, 64, 96), np.full(SIZE, -9.0, np.float32)
+    seen[:32] = -3.0
+    expected = (1 / (1 + np.exp(-3)) + 1 / (1 + np.exp(-9))) / 2
+    assert issue([seen], [seen], true)["sure"] == pytest.approx(expected)
 
 
 def test_nothing_is_disputed_where_one_network_agrees_with_the_mask_or_is_unsure():

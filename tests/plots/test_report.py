@@ -26,7 +26,9 @@ def add_history(folder, dice):
     folder.mkdir(parents=True)
     history = pd.DataFrame({"epoch": range(len(dice)), "dice": dice, "iou": [d / (2 - d) for d in dice]})
     history["loss"] = [np.nan] + [0.5] * (len(dice) - 1)
-    history.assign(step=0, pictures=0, seconds=90.0, lr=0.1).to_csv(folder / "history.csv", index=False)
+    history.assign(step=0, images_seen=0, images_scored=9, seconds=90.0, lr=0.1).to_csv(
+        folder / "history.csv", index=False
+    )
 
 
 def add_scores(folder):

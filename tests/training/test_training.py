@@ -4,19 +4,23 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import RECIPE, begun, trainer_of
+from conftest import RECIPE, begun, recipe, trainer_of
 from safetensors.torch import load_file
 
+from carvana import models
 from carvana.data.competition import Competition
 from carvana.errors import UserError
 from carvana.training.launch import train
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
+from carvana.training.state import TrainState
 from carvana.training.trainer import Trainer
+from carvana.training.validation import Scores
 
 LEARNS = {"epochs": 16, "batch_size": 2, "validate_every": 4}
 
@@ -37,7 +41,7 @@ def test_training_learns_the_ellipses(trained):
 def test_history_opens_with_the_untrained_network_and_counts_images_and_seconds(trained):
     _, history, run_dir = trained
     assert history["epoch"].tolist() == [0, 4, 8, 12, 16]
-    assert history["pictures"].tolist() == [0, 32, 64, 96, 128]
+    assert history["images_seen"].tolist() == [0, 32, 64, 96, 128]
     assert math.isnan(history["loss"].iloc[0])
     assert history["seconds"].is_monotonic_increasing
     assert pd.read_csv(run_dir / "fold0" / "history.csv").shape == history.shape
@@ -136,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(shared_com
     {"optimizer": "sgd", "schedule": "onecycle", "loss": "dice"},
     {"optimizer": "lamb", "schedule": "plateau", "loss": "lovasz", "ema": 0.0},
     {"optimizer": "adam", "schedule": "constant", "loss": "focal", "accumulate": 2, "clip_norm": 0.0},
-    {"amp": "bf16", "loss": "tversky", "crop_height": 64, "crop_width": 96},
+    {"amp": "bf16", "loss": "bce", "crop_height": 64, "crop_width": 96},
     {"start_size": 0.5, "loss": "boundary", "ema": 0.0},
     {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32, "epochs": 1},
 ])  # fmt: skip
@@ -161,6 +165,34 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
 def test_a_wrong_recipe_is_refused_before_work(name, value, message):
     with pytest.raises(UserError, match=message):
         Recipe.from_parameters(RECIPE | {name: value})
+
+
+def test_accumulated_steps_leave_the_same_moving_average_as_whole_ones(monkeypatch, tmp_path):
+    def without_batch_statistics(config):
+        return torch.nn.Conv2d(3, 1, 3, padding=1)
+
+    monkeypatch.setattr(models, "build_network", without_batch_statistics)
+    images = torch.randint(0, 256, (6, 1, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    averages = []
+    for accumulate in (1, 4):
+        chosen = recipe(height=32, width=32, accumulate=accumulate, optimizer="sgd", loss="bce", ema=0.99)
+        state = TrainState(chosen, 0, 6 * accumulate, "data", tmp_path / f"{accumulate}.pt")
+        for image in images:
+            for _ in range(accumulate):  # the mean gradient of four equal images is that of one
+                state.train_step(image, image[..., 0])
+        averages.append(state.network.state_dict())
+    for name, tensor in averages[0].items():
+        torch.testing.assert_close(averages[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_the_untrained_network_is_scored_on_every_view(shared_competition, tmp_path):
+    trainer = trainer_of(shared_competition, tmp_path / "run")
+    trainer.samples = pd.DataFrame({"view": list(range(1, 17)) * 7})
+    trainer.valid_rows, scored = np.arange(7 * 16), []
+    trainer.validator = SimpleNamespace(scores=lambda _, rows: scored.append(rows) or Scores(0.1, 0.05))
+    trainer.validate_and_checkpoint()
+    assert sorted(trainer.samples["view"].iloc[scored[0]]) == list(range(1, 17))
+    assert trainer.history["images_scored"].tolist() == [16]
 
 
 def test_learning_rates_rise_and_fall_as_their_schedules_say():
@@ -214,7 +246,7 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, t
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
     histories = [pd.read_csv(tmp_path / run / "fold0" / "history.csv") for run in ("one", "two")]
-    for column in ("step", "pictures", "dice", "iou"):
+    for column in ("step", "images_seen", "dice", "iou"):
         np.testing.assert_allclose(histories[0][column], histories[1][column], atol=1e-6)
 
 
@@ -228,7 +260,7 @@ def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(sh
     trainer.competition.folder = shared_competition
     history = train(trainer)
     assert trainer.finished
-    assert history["pictures"].tolist() == [0, 8, 16]
+    assert history["images_seen"].tolist() == [0, 8, 16]
 
 
 @pytest.mark.parametrize("fold", [-1, 2])

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ class TrainDataset(Dataset):
         epoch, i = key
         row = int(self.rows[i])
         image, target = self.source[row]
-        self.augment.set_random_seed(int(np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]))
+        key = [self.seed, epoch, row]  # one generator for all transforms: seeds alone would make them choose alike
+        self.augment.set_random_state(np.random.default_rng(key), random.Random(str(key)))
         augmented = self.augment(image=np.array(image), mask=np.array(target))
         return torch.from_numpy(augmented["image"]), torch.from_numpy(augmented["mask"]), row
 
@@ -159,8 +161,8 @@ class Augmentation:
     """Random changes of a training sample; 0 leaves one out.
 
     hflip: probability of a mirror image. crop_height, crop_width: a random crop of that many network pixels.
-    brightness, contrast: largest change, 0.2 = 20 %. scale, shift: largest change as a share of the image.
-    rotate: largest angle in degrees.
+    brightness, contrast, saturation: largest change, 0.2 = 20 %. hue: largest turn of the colour circle as a share of
+    it. scale, shift: largest change as a share of the image. rotate: largest angle in degrees.
     """
 
     hflip: float = 0.0
@@ -168,6 +170,8 @@ class Augmentation:
     crop_width: int = 0
     brightness: float = 0.0
     contrast: float = 0.0
+    hue: float = 0.0
+    saturation: float = 0.0
     scale: float = 0.0
     shift: float = 0.0
     rotate: float = 0.0
@@ -183,11 +187,14 @@ class Augmentation:
             steps.append(A.RandomCrop(self.crop_height, self.crop_width, pad_if_needed=True))
         if self.brightness or self.contrast:
             steps.append(A.RandomBrightnessContrast(self.brightness, self.contrast, p=0.5))
+        if self.hue or self.saturation:
+            steps.append(A.ColorJitter((1, 1), (1, 1), self.saturation, self.hue, p=0.5))
         return A.Compose(steps)
 
     def _affine(self) -> A.Affine:
         return A.Affine(
             scale=(1 - self.scale, 1 + self.scale),
+            keep_ratio=True,
             translate_percent=(-self.shift, self.shift),
             rotate=(-self.rotate, self.rotate),
             interpolation=cv2.INTER_LINEAR,

@@ -18,11 +18,11 @@ from carvana.errors import UserError
 from carvana.files import atomic, need_space, read_json, write_json, write_text
 from carvana.parallel import progress
 
-VERSION, VIEWS, HEIGHT, WIDTH = 2, 16, 1280, 1918
+VERSION, VIEWS, HEIGHT, WIDTH = 3, 16, 1280, 1918
 MAKES = ["Brenta", "Calder", "Ostrava", "Marrow", "Tindale", "Veyl", ""]
 PAINTS = {  # red, green, blue; how much of the studio the paint mirrors
     "white": (0.93, 0.93, 0.92, 0.05), "black": (0.03, 0.03, 0.035, 0.20), "silver": (0.62, 0.63, 0.65, 0.20),
-    "red": (0.45, 0.03, 0.07, 0.12), "grey": (0.27, 0.27, 0.29, 0.16), "blue": (0.07, 0.14, 0.32, 0.13),
+    "red": (0.45, 0.03, 0.07, 0.12), "blue": (0.07, 0.14, 0.32, 0.13), "grey": (0.27, 0.27, 0.29, 0.16),
 }  # fmt: skip
 # What a surface mirrors by the height of the mirrored ray: floor, foot of the wall, wall, ceiling between its lamps.
 STUDIO = (-1, -0.7, -0.3, -0.1, 0, 0.1, 0.45, 0.6, 0.75, 1), (0.2, 0.3, 0.62, 0.55, 0.35, 0.95, 1.0, 0.65, 1.25, 0.9)
@@ -47,17 +47,17 @@ SKIN, CIRCLE = (2048, 512), np.linspace(0, 2 * np.pi, 145)  # columns and rows o
 
 
 class Car:
-    """What the 16 views of a car share, drawn from its own random generator; number: neighbours look different."""
+    """What 16 views share, by a generator of its own; an even number and the next look alike, one for each fold."""
 
     def __init__(self, rng, number):
         """Choose shape, paint, wheels and where the camera stands."""
-        self.id, self.shape = f"{rng.integers(16**12):012x}", list(SHAPES)[number % len(SHAPES)]
-        self.paint = list(PAINTS.values())[(number + number // len(PAINTS)) % len(PAINTS)]
+        pair, self.id = number // 2, f"{rng.integers(16**12):012x}"
+        self.shape, self.paint = list(SHAPES)[pair % len(SHAPES)], list(PAINTS.values())[pair % len(PAINTS)]
         size, self.wheel, self.glass, self.top = SHAPES[self.shape]
-        self.size = size * rng.uniform(0.97, 1.03, 3)
+        self.size = size * rng.uniform(0.995, 1.005, 3) * (0.97 + 0.06 * (pair // len(SHAPES) % 2))
         self.axles = self.size[0] * np.array([0.31, -0.285]) + rng.normal(0, 0.02)
         self.spokes, self.rim, self.turn = int(rng.choice([5, 6, 7, 10])), rng.uniform(120, 215), rng.normal(0, 0.02)
-        self.distance, self.height, self.focal = rng.normal((8, 1.65, 2380), (0.15, 0.05, 30))
+        self.distance, self.height, self.focal = rng.normal((8, 1.65, 2380), (0.03, 0.05, 10))
         self.centre = WIDTH / 2 + rng.normal(0, 25), 350 + rng.normal(0, 12)
         self.row = self.id, rng.integers(2008, 2017), MAKES[number % len(MAKES)], self.shape.title(), "Base", ""
         self.mesh, self.skin, self.studio = _mesh(self), _skin(self), _studio(rng, self)
@@ -261,7 +261,8 @@ def _write_view(folder, split, car, view, rng):
 
 def _write_car(folder, key):
     """Write the views of a car; key: seed, 0 for train or 1 for test, number; returns its rows of the tables."""
-    car, split = Car(np.random.default_rng(key), key[2]), ("train", "test")[key[1]]
+    number = 2 * key[2] + 6 if key[1] else key[2]  # each test car has another paint, the first two a colour
+    car, split = Car(np.random.default_rng(key), number), ("train", "test")[key[1]]
     views = [_write_view(folder, split, car, view, np.random.default_rng((*key, view))) for view in range(1, VIEWS + 1)]
     return car.row, pd.DataFrame(views, columns=["img", "rle_mask"])
 
@@ -293,8 +294,7 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
         done = list(progress(pool.map(partial(_write_car, folder), keys), "demo cars", "cars", total=len(keys)))
     train, test = (pd.concat([views for _, views in part]).sort_values("img") for part in (done[:cars], done[cars:]))
     tables = {"train_masks": train, "truth": test, "sample_submission": test.assign(rle_mask="1 1")}
-    columns = ["id", "year", "make", "model", "trim1", "trim2"]
-    tables["metadata"] = pd.DataFrame(sorted(row for row, _ in done), columns=columns)
+    tables["metadata"] = pd.DataFrame(sorted(row for row, _ in done), columns="id year make model trim1 trim2".split())
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_json(folder / "demo.json", wanted | {"complete": True})

@@ -9,14 +9,15 @@ import pandas as pd
 from carvana.inference.logits import BlendedLogits
 
 CONFIDENCE = 0.9  # probability from which a network contradicts a mask
-PATCH = 5  # pixels a contradicted patch is wide and high at least: edges are soft, labels are not wrong for that
+PATCH = 3  # network pixels a contradicted patch is wide and high at least: edges are soft, labels not wrong for that
 
 
 def label_issue_pixels(least: BlendedLogits, most: BlendedLogits, true: np.ndarray) -> dict[str, float]:
     """Where every network with every tta contradicts the mask, so that the mask may be wrong.
 
-    disputed: pixels at which each gives the other class CONFIDENCE or more, in patches at least PATCH pixels wide and
-    high; sure: mean probability there of the network that is least sure (0 where nothing is disputed).
+    disputed: full-size pixels at which each gives the other class CONFIDENCE or more, in patches at least PATCH pixels
+    of the smallest network wide and high; sure: mean probability there of the network that is least sure (0 where
+    nothing is disputed).
 
     least, most: the lowest and highest logits of all networks and tta, for each size; true: (H, W) bool.
     """
@@ -27,9 +28,10 @@ def label_issue_pixels(least: BlendedLogits, most: BlendedLogits, true: np.ndarr
     ]
     weakest = np.minimum.reduce(against)
     firm = (weakest >= math.log(CONFIDENCE / (1 - CONFIDENCE))).astype(np.uint8)
-    patches = cv2.morphologyEx(firm, cv2.MORPH_OPEN, np.ones((PATCH, PATCH), np.uint8)) > 0
-    confidence = float(1 / (1 + np.exp(-weakest[patches])).mean()) if patches.any() else 0.0
-    return {"disputed": int(np.count_nonzero(patches)), "sure": confidence}
+    side = round(PATCH * max(true.shape[0] / logits.shape[0] for logits in least.by_size))
+    patches = cv2.morphologyEx(firm, cv2.MORPH_OPEN, np.ones((side, side), np.uint8)) > 0
+    sure = float((1 / (1 + np.exp(-weakest[patches]))).mean()) if patches.any() else 0.0
+    return {"disputed": int(np.count_nonzero(patches)), "sure": sure}
 
 
 def label_issues(scores: pd.DataFrame, earlier: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -37,7 +37,6 @@ LOSSES = {
     "boundary": _boundary,
     "lovasz": _lovasz,
     "focal": lambda: smp.FocalLoss("binary"),
-    "tversky": lambda: smp.TverskyLoss("binary"),
 }
 
 

@@ -45,6 +45,8 @@ class Recipe:
     crop_width: int
     brightness: float
     contrast: float
+    hue: float
+    saturation: float
     scale: float
     shift: float
     rotate: float

@@ -90,7 +90,8 @@ class TrainState:
             self.optimizer.zero_grad()
         self.step += 1
         if self.ema and self.accelerator.sync_gradients:
-            self.ema.update(self.accelerator.unwrap_model(self.model), step=self.step)
+            optimizer_step = self.step // self.recipe.accumulate  # the average warms up with what changes the weights
+            self.ema.update(self.accelerator.unwrap_model(self.model), step=optimizer_step)
         return loss.detach()
 
     def save(self) -> None:

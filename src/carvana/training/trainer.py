@@ -113,13 +113,13 @@ class Trainer:
     def validate_and_checkpoint(self) -> None:
         """Validate, add a row to the history, and save: weights, history, then the state that makes them count."""
         state, started = self.state, time.monotonic()
-        rows = self.valid_rows if state.step else self.valid_rows[::8]  # nobody chooses by the untrained network
+        rows = self.valid_rows if state.step else self.valid_rows[::7]  # an untrained network: a few of every view do
         scores = self.validator.scores(state.network, rows)
         state.seconds += time.monotonic() - started
         self.measured_from = state.step, state.seconds
         best = max((row["dice"] for row in state.history), default=-1.0)
         row = {"epoch": state.step // self.steps_per_epoch, "step": state.step}
-        row |= {"pictures": state.step * self.recipe.batch_size * self.processes}
+        row |= {"images_seen": state.step * self.recipe.batch_size * self.processes, "images_scored": len(rows)}
         row |= {"seconds": round(state.seconds, 1), "speed": round(self.speed, 2), "lr": state.lr}
         row |= {"loss": float(np.mean(state.losses)) if state.losses else math.nan} | scores._asdict()
         state.history, state.losses = [*state.history, row], []
