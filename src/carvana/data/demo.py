@@ -59,7 +59,8 @@ class Car:
         self.spokes, self.rim, self.turn = int(rng.choice([5, 6, 7, 10])), rng.uniform(120, 215), rng.normal(0, 0.02)
         self.distance, self.height, self.focal = rng.normal((8, 1.65, 2380), (0.03, 0.05, 10))
         self.centre = WIDTH / 2 + rng.normal(0, 25), 350 + rng.normal(0, 12)
-        self.row = self.id, rng.integers(2008, 2017), MAKES[number % len(MAKES)], self.shape.title(), "Base", ""
+        self.row = {"id": self.id, "year": rng.integers(2008, 2017), "make": MAKES[number % len(MAKES)]}
+        self.row |= {"model": self.shape.title(), "trim1": "Base", "trim2": ""}
         self.mesh, self.skin, self.studio = _mesh(self), _skin(self), _studio(rng, self)
 
 
@@ -279,8 +280,8 @@ def _complete(folder, wanted):
 def write_competition(folder, cars=12, test_cars=4, seed=1):
     """Write the demo in the competition's layout, 16 images a car; returns at once where it is all there.
 
-    folder: new, empty, or this demo begun before, which is finished. cars, test_cars: 1 or more. A larger demo of the
-    same seed holds the cars of a smaller one. `truth.csv` holds the run lengths of the test images.
+    folder: new, empty, or this demo begun before, which is finished; a larger demo of a seed holds its smaller ones.
+    cars, test_cars: 1 or more. `truth.csv` holds the run lengths of the test images.
     """
     folder, wanted = Path(folder), {"version": VERSION, "cars": cars, "test_cars": test_cars, "seed": seed}
     if min(cars, test_cars) < 1 or seed < 0:
@@ -294,7 +295,7 @@ def write_competition(folder, cars=12, test_cars=4, seed=1):
         done = list(progress(pool.map(partial(_write_car, folder), keys), "demo cars", "cars", total=len(keys)))
     train, test = (pd.concat([views for _, views in part]).sort_values("img") for part in (done[:cars], done[cars:]))
     tables = {"train_masks": train, "truth": test, "sample_submission": test.assign(rle_mask="1 1")}
-    tables["metadata"] = pd.DataFrame(sorted(row for row, _ in done), columns="id year make model trim1 trim2".split())
+    tables["metadata"] = pd.DataFrame([row for row, _ in done]).sort_values("id")
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_json(folder / "demo.json", wanted | {"complete": True})
