@@ -280,8 +280,7 @@ def _complete(folder, wanted):
 def write_competition(folder, cars=12, test_cars=4, seed=1):
     """Write the demo in the competition's layout, 16 images a car; returns at once where it is all there.
 
-    folder: new, empty, or this demo begun before, which is finished; a larger demo of a seed holds its smaller ones.
-    cars, test_cars: 1 or more. `truth.csv` holds the run lengths of the test images.
+    folder: new, empty, or this demo begun before, which is finished; `truth.csv` there is of the test images.
     """
     folder, wanted = Path(folder), {"version": VERSION, "cars": cars, "test_cars": test_cars, "seed": seed}
     if min(cars, test_cars) < 1 or seed < 0:
