@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -20,7 +20,8 @@ def overlapped(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]
 
     At most four results a core wait, so that memory stays flat where the items come faster than they are worked on.
     """
-    cores, waiting = os.cpu_count() or 1, deque()
+    cores = os.cpu_count() or 1
+    waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(cores) as pool:
         for item in items:
             waiting.append(pool.submit(function, *item))

@@ -4,9 +4,9 @@ import fcntl
 import os
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import albumentations as A
 import cv2
@@ -27,7 +27,7 @@ LAYOUT = "picture, target"  # of a cached item: another layout is another cache
 Item = tuple[np.ndarray, np.ndarray]  # image (height, width, 3) uint8 RGB, soft target (height, width) uint8, 255 = car
 
 
-class DecodedSamples(Sequence[Item]):
+class DecodedSamples(Dataset[Item]):
     """Images and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8.
 
     `key` changes when the images, names, masks or the size change.
@@ -35,7 +35,7 @@ class DecodedSamples(Sequence[Item]):
 
     def __init__(self, images: Archive, samples: pd.DataFrame, height: int, width: int):
         self.images, self.height, self.width = images, height, width
-        self.samples = list(samples.itertuples())
+        self.samples: list[Any] = list(samples.itertuples())
         names, masks = samples["img"].tolist(), samples["rle"].tolist()
         self.key = f"{height}x{width}-{fingerprint(images.stamp(), names, masks, LAYOUT)}"
 
@@ -49,7 +49,7 @@ class DecodedSamples(Sequence[Item]):
         return image, Grid(*full, self.height, self.width).soft_target(mask_of(self.samples[i]))
 
 
-class CachedSamples(Sequence[Item]):
+class CachedSamples(Dataset[Item]):
     """The same from one memory-mapped file of (n, 4, height, width) uint8, each item in one piece.
 
     The first three quarters of an item are the image as (height, width, 3), the last is the target.
@@ -68,7 +68,7 @@ class CachedSamples(Sequence[Item]):
         item = self.array[i]
         return item[:3].reshape(*item.shape[1:], 3), item[3]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copy for another process maps the file again."""
         return CachedSamples, (self.path,)
 
@@ -113,24 +113,24 @@ def _build(source: DecodedSamples, path: Path) -> None:
     temporary.replace(path)
 
 
-class TrainDataset(Dataset):
+class TrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """Augmented samples of one fold; an item is named by (epoch, i), so that its random state is its own.
 
     Returns the image (h, w, 3) uint8, the target (h, w) uint8 with 255 = car, and its row in `source`.
     """
 
-    def __init__(self, source: Sequence[Item], rows: np.ndarray, augment: A.Compose, seed: int):
+    def __init__(self, source: Dataset[Item], rows: np.ndarray, augment: A.Compose, seed: int):
         self.source, self.rows, self.augment, self.seed = source, rows, augment, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Resuming, or another number of workers, gives the same sample for the same key."""
         epoch, i = key
         row = int(self.rows[i])
         image, target = self.source[row]
-        key = [self.seed, epoch, row]  # one generator for all transforms: seeds alone would make them choose alike
-        self.augment.set_random_state(np.random.default_rng(key), random.Random(str(key)))
+        state = [self.seed, epoch, row]  # one for all transforms: equal seeds would make them choose alike
+        self.augment.set_random_state(np.random.default_rng(state), random.Random(str(state)))
         augmented = self.augment(image=np.array(image), mask=np.array(target))
-        return torch.from_numpy(augmented["image"]), torch.from_numpy(augmented["mask"]), row
+        return torch.from_numpy(augmented["image"]), torch.from_numpy(augmented["mask"]), torch.tensor(row)
 
 
 def batches(n: int, batch_size: int, group_size: int, epochs: int, seed: int) -> list[list[tuple[int, int]]]:

@@ -123,7 +123,7 @@ def choose_settings(scores: pd.DataFrame, n_runs: int) -> tuple[Settings, pd.Dat
     columns = ["dice", *scored.columns[scored.columns.str.startswith("try:")]]
     if scored["fold"].nunique() < 2:
         return equal, scores
-    best = scored[columns].mean().idxmax()
+    best = str(scored[columns].mean().idxmax())
     honest = scores[best].copy()  # for cars that no fold has seen
     for fold, of_fold in scored.groupby("fold"):
         honest[of_fold.index] = of_fold[scored.loc[scored["fold"] != fold, columns].mean().idxmax()]

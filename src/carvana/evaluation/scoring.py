@@ -64,16 +64,18 @@ class FoldScorer:
         path, errors = folder / f"scores-{key}.csv", folder / f"errors-{key}.npz"
         if path.exists() and errors.exists():
             with np.load(errors) as kept:
-                return Evaluation(read_csv(path), {int(view): kept[view] for view in kept})
+                return Evaluation(read_csv(path), dict(zip(kept["views"].tolist(), kept["sums"], strict=True)))
         evaluation = self._score_all(competition, samples, batch_size)
         with atomic(errors) as file:
-            np.savez_compressed(file, **{str(view): sums for view, sums in evaluation.error_maps.items()})
+            views, sums = zip(*evaluation.error_maps.items(), strict=True)
+            np.savez_compressed(file, views=views, sums=np.array(sums))
         write_text(path, evaluation.scores.to_csv(index=False))
         return evaluation
 
     def _score_all(self, competition: Competition, samples: pd.DataFrame, batch_size: int) -> Evaluation:
         ensemble = Ensemble(EnsembleSpec.equal(self.checkpoints, self.tta))
-        rows, error_maps = [], {}
+        rows: list[dict[str, Any]] = []
+        error_maps: dict[int, np.ndarray] = {}
         with progress(None, f"scoring {self.runs[0].fold_dir(self.fold).name}", total=len(samples)) as bar:
             dataset = InferenceDataset(competition.train_images, samples["img"].tolist(), ensemble.sizes)
             for batch in predict_batches(ensemble, dataset, in_batches(len(samples), batch_size)):
@@ -117,7 +119,7 @@ class FoldScorer:
         logits = variants["dice"].enlarge(true.shape)
         predicted, equal = logits > 0, (1 / len(self.runs),) * len(self.runs)
         counts = metrics.pixel_counts(predicted, true)
-        row = {"dice": float(metrics.dice(counts)), "iou": float(metrics.iou(counts))}
+        row: dict[str, Any] = {"dice": float(metrics.dice(counts)), "iou": float(metrics.iou(counts))}
         row |= {"area": counts.true / true.size, "predicted_area": counts.predicted / true.size}
         row |= metrics.error_anatomy(predicted, true)
         for threshold in THRESHOLDS:

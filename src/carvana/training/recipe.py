@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 from timm.optim import list_optimizers
 
@@ -59,7 +59,7 @@ class Recipe:
 
         Names are checked before work.
         """
-        recipe = cls(**{field.name: _typed(field, parameters[field.name]) for field in fields(cls)})
+        recipe = cls(**{name: _typed(name, kind, parameters[name]) for name, kind in get_type_hints(cls).items()})
         check_names(recipe.model_config)
         check_weights(recipe.model_config, recipe.encoder_weights)
         loss_named(recipe.loss)
@@ -96,12 +96,12 @@ class Recipe:
         return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
 
 
-def _typed(field: Field[Any], value: Any) -> Any:
+def _typed(name: str, kind: type, value: Any) -> Any:
     """A YAML file's 2e-3 is text to papermill, and its 1 a whole number where a float is meant."""
     try:
-        return field.type(value)
+        return kind(value)
     except ValueError as error:
-        raise UserError(f"{field.name} is {value!r}, but must be {field.type.__name__}.") from error
+        raise UserError(f"{name} is {value!r}, but must be {kind.__name__}.") from error
 
 
 def learning_rate(schedule: str, done: float, warmup: float) -> float:

@@ -118,7 +118,7 @@ class Trainer:
         state.seconds += time.monotonic() - started
         self.measured_from = state.step, state.seconds
         best = max((row["dice"] for row in state.history), default=-1.0)
-        row = {"epoch": state.step // self.steps_per_epoch, "step": state.step}
+        row: dict[str, float] = {"epoch": state.step // self.steps_per_epoch, "step": state.step}
         row |= {"images_seen": state.step * self.recipe.batch_size * self.processes, "images_scored": len(rows)}
         row |= {"seconds": round(state.seconds, 1), "speed": round(self.speed, 2), "lr": state.lr}
         row |= {"loss": float(np.mean(state.losses)) if state.losses else math.nan} | scores._asdict()

@@ -1,6 +1,6 @@
 """Scores of a network in training, at full size: logits are enlarged as a submission's are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from torch.utils.data import Dataset
 
 from carvana.data.dataset import Item
 from carvana.data.images import mask_of
@@ -28,7 +29,7 @@ class Validator:
     """Scores networks on rows of `samples`, whose images and targets are the items of `source`, row for row."""
 
     samples: pd.DataFrame
-    source: Sequence[Item]
+    source: Dataset[Item]
     batch_size: int
     accelerator: Accelerator
 
@@ -52,7 +53,7 @@ class Validator:
         """Mean Dice and IoU of `rows`, shared among the processes that train together."""
         accelerator = self.accelerator
         counts = self.pixel_counts(network, rows[accelerator.process_index :: accelerator.num_processes])
-        sums = torch.tensor([dice(counts).sum(), iou(counts).sum(), len(counts.true)], device=accelerator.device)
+        sums = torch.tensor([dice(counts).sum(), iou(counts).sum(), np.size(counts.true)], device=accelerator.device)
         dice_sum, iou_sum, n = accelerator.reduce(sums).tolist()
         return Scores(dice_sum / n, iou_sum / n)
 
