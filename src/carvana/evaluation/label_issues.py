@@ -28,7 +28,8 @@ def label_issue_pixels(least: BlendedLogits, most: BlendedLogits, true: np.ndarr
     ]
     weakest = np.minimum.reduce(against)
     firm = (weakest >= math.log(CONFIDENCE / (1 - CONFIDENCE))).astype(np.uint8)
-    side = round(PATCH * max(true.shape[0] / logits.shape[0] for logits in least.by_size))
+    scale = max(true.shape[0] / logits.shape[0] for logits in least.by_size)
+    side = int(PATCH * scale - 1) | 1  # odd, so that it has a middle
     patches = cv2.morphologyEx(firm, cv2.MORPH_OPEN, np.ones((side, side), np.uint8)) > 0
     sure = float((1 / (1 + np.exp(-weakest[patches]))).mean()) if patches.any() else 0.0
     return {"disputed": int(np.count_nonzero(patches)), "sure": sure}
