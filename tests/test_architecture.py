@@ -11,14 +11,14 @@ import carvana
 from carvana.files import project_root
 
 ORDER = [
-    "errors", "files", "parallel", "device", "rle", "grid", "metrics",
+    "errors", "files", "profiles", "parallel", "device", "rle", "grid", "metrics",
     "data.images", "data.competition", "data.folds", "data.dataset", "data.statistics", "data.demo",
     "run", "models",
     "training.losses", "training.recipe", "training.state", "training.validation", "training.trainer",
     "training.launch",
     "inference.ensemble", "inference.logits", "inference.loader", "inference.predict",
     "evaluation.label_issues", "evaluation.scoring", "evaluation.evaluate",
-    "submission", "profiles", "pipeline",
+    "submission", "pipeline",
     "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.kernels",
     "plots.style", "plots.overlays", "plots.explore", "plots.scores", "plots.training", "plots.browser", "plots.report",
     "cli",

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -93,6 +94,44 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed_and_a_folder_or_device_is_never_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "scores.csv"
+    link.symlink_to(tmp_path / "there" / "real.csv")
+    for text in ("old", "new"):
+        files.write_text(link, text)
+        assert link.is_symlink() and (tmp_path / "there" / "real.csv").read_text() == text
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "there", "/dev/null"):
+        before = os.stat(path).st_mode
+        with pytest.raises(UserError, match="could not be written: it is a folder or a device"):
+            files.write_text(path, "new")
+        assert os.stat(path).st_mode == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["pipe", "real.csv", "scores.csv", "there"]
+
+
+KILLED = """
+    import os, signal, sys
+    from carvana import files
+    with files.atomic(sys.argv[1]) as file:
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_kill_leaves_is_swept_and_what_is_being_written_is_not(tmp_path):
+    path = tmp_path / "fold0" / "best.safetensors"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path)], check=False)
+    left = list(path.parent.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".best.safetensors.")
+    (path.parent / ".mine.csv").touch()
+    with files.atomic(path) as file:
+        file.write(b"whole")
+        files.sweep(tmp_path)
+    assert path.read_bytes() == b"whole"
+    assert sorted(file.name for file in path.parent.iterdir()) == [".mine.csv", "best.safetensors"]
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_its_place(monkeypatch, capsys):

@@ -1,9 +1,12 @@
 import ast
+import math
 import shutil
 
 import papermill
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from carvana import device, pipeline, profiles
 from carvana.errors import UserError
@@ -66,6 +69,106 @@ def test_a_wrong_profile_is_refused_before_anything_runs(tmp_path, text, message
 def test_a_profile_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"profile .*none.yaml cannot be read"):
         profiles.load_profile(tmp_path / "none.yaml")
+
+
+def test_every_number_has_a_range_of_its_own_type_that_holds_its_default():
+    defaults = {name: parameter.default for name, parameter in profiles.parameters().items()}
+    numbers = {name: value for name, value in defaults.items() if not isinstance(value, str)}
+    assert numbers.keys() == profiles.RANGES.keys()
+    assert set(profiles.PATTERNS) < set(defaults)
+    profiles.check(defaults)
+    for name, default in numbers.items():
+        assert {type(end) for end in profiles.RANGES[name]} == {type(default)}, name
+
+
+@given(st.sampled_from(sorted(profiles.RANGES)), st.data())
+def test_a_value_out_of_its_range_or_of_another_kind_is_refused_in_one_line(name, data):
+    low, high = profiles.RANGES[name]
+    outside = [st.floats(max_value=low, exclude_max=True), st.floats(min_value=high, exclude_min=True)]
+    outside += [st.integers(max_value=int(low) - 1), st.integers(min_value=int(high) + 2), st.text("xyz,")]
+    value = data.draw(st.one_of(*outside, st.sampled_from([math.nan, None, [], {}, [1], "nan", "1:30", 10**400])))
+    with pytest.raises(UserError, match=f"^{name} is .* must be") as error:
+        profiles.check({name: value})
+    assert "\n" not in str(error.value)
+    profiles.check({name: low, "other": value})
+    profiles.check({name: high})
+
+
+def test_true_is_no_number_and_a_number_does_not_submit():
+    for name, value in {"lr": True, "epochs": True, "submit": 1, "skip_broken": "false", "batch_size": 8.0}.items():
+        with pytest.raises(UserError, match=f"{name} is"):
+            profiles.check({name: value})
+    profiles.check({"lr": "2e-3", "workers": -1, "max_hours": 1})  # as papermill hands on a profile's lines
+
+
+NO_NAMES = "", ".", "..", "exp/one", "../../escaped", "a\\b", "a\0b", "a\nb", "-rf", "a,b", "$x$", "<b>", "x" * 101
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=repr)
+def test_a_name_that_is_no_folder_is_refused_before_work(name, tmp_path):
+    for values in ({"run_name": name}, {"members": f"a, {name}"} if name and "," not in name else {"run_name": name}):
+        with pytest.raises(UserError, match="is no name of a run"):
+            profiles.check(values)
+    for good in ("t4x2", "as written", "lr=0.004", "Größe 2 (b)"):
+        profiles.check({"run_name": good, "members": f"{good}, x"})
+
+
+@pytest.mark.parametrize("name", ["flip", "scale", "scale9", "scale0.2", "scale4.5", "scalenan", "none hflip"])
+def test_an_unknown_tta_is_refused_with_the_profile(tmp_path, name):
+    with pytest.raises(UserError, match=f'tta "{name}" is unknown'):
+        profiles.load_profile(profile(tmp_path, f"tta: none, {name}"))
+    profiles.check({"tta": "none,hflip,scale0.25,scale.75,scale1,scale1.25,scale4,scale4.0"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"epochs: 3\nepochs: 4", "stands twice"),
+        (b"1: 2", '"1" of .* is in no notebook'),
+        (b"? [a]\n: 2", "is in no notebook"),
+        (b"run_name: null", "must be str"),
+        (b"data_dir:", "must be str"),
+        (b"lr: .nan", "must be float"),
+        (b"lr: .inf", "must be float"),
+        (b"lr: -1", "from 1e-09 to 10"),
+        (b"lr: 1" + b"0" * 5000, "from 1e-09 to 10"),
+        (b"epochs: 1" + b"0" * 5000, "must be int"),
+        (b"epochs: 010", "must be int"),
+        (b"epochs: 1:30", "must be int"),
+        (b"epochs: 1_000", "must be int"),
+        (b"lr: 1:30", "must be float"),
+        (b"epochs: 2020-01-01", "must be int"),
+        (b"run_name: 2020-01-01", "must be str"),
+        (b"epochs: [3]", "must be int"),
+        (b"epochs: {a: 1}", "must be int"),
+        (b"submit: yes please", "must be bool"),
+        (b"seed: -1", "from 0 to"),
+        (b"seed: 1180591620717411303424", "must be int"),
+        (b'run_name: "a\\0b"', "is no name of a run"),
+        (b'exclude: "a\\0b"', "is no file"),
+        ("run_name: Größe".encode("latin-1"), "is not YAML"),
+        ("run_name: x".encode("utf-16"), "is not YAML"),
+        (bytes(range(256)), "is not YAML"),
+        (b"[" * 20000, "is not YAML"),
+        (b"--- {}\n--- {}", "is not YAML"),
+        (b"a", "must hold lines"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_profile_that_nobody_could_mean_is_one_line(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=message) as error:
+        profiles.load_profile(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_profile_saved_with_a_mark_in_front_and_an_empty_one_are_read(tmp_path):
+    assert profiles.load_profile(profile(tmp_path, "\ufeffepochs: 3  # few")) == {"epochs": 3}
+    assert profiles.load_profile(profile(tmp_path, "# nothing")) == {}
+    assert profiles.load_profile(profile(tmp_path, 'encoder_weights: ""\nlr: 2e-3\nsubmit: True')) == {
+        "encoder_weights": "", "lr": 0.002, "submit": True,
+    }  # fmt: skip
 
 
 def test_overrides_are_text_that_takes_the_type_of_the_parameter(tmp_path):

@@ -3,44 +3,61 @@
 import contextlib
 import hashlib
 import json
+import lzma
 import os
+import platform
 import shutil
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
+
+import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from carvana.errors import UserError
 
 # What reading a damaged or wrong archive raises; RuntimeError: a zip with a password.
-UNREADABLE = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
+UNREADABLE = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+MARK = f".{platform.node()}-"  # of temporary files: .NAME.HOST-PROCESS-xxxxxxxx
 
 
 @contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[BinaryIO]:
+def atomic(path: str | Path) -> Iterator[IO[bytes]]:
     """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed.
 
-    Raises UserError where the disk is full or the folder cannot be written.
+    A link is followed. Raises UserError where the disk is full, the folder cannot be written, or `path` is no file.
     """
-    path = Path(path)
+    target = Path(os.path.realpath(path))
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        if target.exists() and not target.is_file():
+            raise OSError("it is a folder or a device, not a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{target.name}{MARK}{os.getpid()}-"
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, delete=False) as file:
             temporary = Path(file.name)
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path} could not be written: {reason}. Free space or choose another folder.") from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `atomic` left below `folder` in processes of this machine that were killed."""
+    for path in folder.rglob(f".*{MARK}*-*"):
+        process = path.name.rpartition(MARK)[2].partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -60,12 +77,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON; UserError where the file is missing or broken."""
+def read_json(path: str | Path, schema: Any = Any) -> Any:
+    """Read JSON; UserError where the file is missing or broken, or its value is not of the type `schema`."""
     try:
-        return json.loads(Path(path).read_text())
+        data = Path(path).read_bytes()
+        TypeAdapter(schema).validate_json(data, strict=True)
+        return json.loads(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = " in " + ".".join(map(str, first["loc"])) if first["loc"] else ""
+        reason = f"{first['msg']}{place}"
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+        reason = str(error)
+    raise UserError(f"{path} cannot be read as JSON: {reason}. Correct or delete it, then start again.")
 
 
 def fingerprint(*values: Any) -> str:

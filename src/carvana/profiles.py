@@ -1,20 +1,48 @@
-"""The parameters cells of the notebooks, which define every parameter, and profiles, checked against them."""
+"""The parameters cells of the notebooks, which define every parameter, the ranges, and profiles, checked against both."""
 
 import ast
+import json
 import logging
+import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import papermill
 import yaml
 
 from carvana.errors import UserError, did_you_mean
-from carvana.files import project_root
+from carvana.files import parse_list, project_root
 
 NOTEBOOKS = ("01_download", "02_explore", "03_train", "04_evaluate", "05_predict", "06_submit")
 Values = dict[str, Any]  # parameters by name
+
+RANGES: dict[str, tuple[float, float]] = {  # lowest and highest value; both bool, int or float like the parameter
+    **dict.fromkeys(("hq", "submit", "skip_broken"), (False, True)),
+    **{"demo_cars": (0, 10_000), "demo_test_cars": (1, 10_000), "holdout_cars": (0, 1_000_000)},
+    **{"n_folds": (2, 100), "fold": (0, 99), "seed": (0, 2**31 - 1), "processes": (1, 64), "workers": (-1, 256)},
+    **dict.fromkeys(("height", "width"), (32, 4096)),
+    **dict.fromkeys(("crop_height", "crop_width"), (0, 4096)),
+    **dict.fromkeys(("epochs", "validate_every"), (1, 100_000)),
+    **dict.fromkeys(("batch_size", "accumulate"), (1, 1024)),
+    **{"lr": (1e-9, 10.0), "weight_decay": (0.0, 10.0), "clip_norm": (0.0, 1e6), "max_hours": (0.0, 10_000.0)},
+    **{"start_size": (0.25, 1.0), "warmup": (0.0, 0.9), "ema": (0.0, 0.99999), "hflip": (0.0, 1.0)},
+    **dict.fromkeys(("brightness", "contrast", "saturation"), (0.0, 1.0)),
+    **{"hue": (0.0, 0.5), "scale": (0.0, 0.9), "shift": (0.0, 0.9)},
+    "rotate": (0.0, 180.0),
+}
+NAME = r"\w[\w .+=()-]{0,99}(?<! )", "is no name of a run. Use letters, digits, spaces and any of _ . + = ( ) -"
+TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
+PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
+    "run_name": NAME,
+    "members": NAME,
+    "tta": (TTA, "is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... from 0.25 to 4"),
+    **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
+    **dict.fromkeys(("exclude", "ensemble", "test_dir", "sample"), (r"[^\0]*", "is no file. Give its path")),
+}
+LISTS = ("members", "tta")
+WHOLE, NUMBER = r"[-+]?(0|[1-9]\d{0,18})", r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?"  # no 010, 1:30, 1_000
 
 
 @dataclass
@@ -41,6 +69,8 @@ def parameters() -> dict[str, Parameter]:
 
 @cache
 def _read(paths: tuple[Path, ...]) -> dict[str, Parameter]:
+    import papermill  # takes a second, and a notebook that only checks its values needs none
+
     logging.getLogger("papermill").setLevel(logging.WARNING)
     by_name: dict[str, Parameter] = {}
     for path in paths:
@@ -55,47 +85,66 @@ def with_defaults(values: Values) -> Values:
     return {name: parameter.default for name, parameter in parameters().items()} | values
 
 
-def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> Values:
-    """Parameters of a flat YAML file, with `overrides` (as text) on top; every name and type is checked.
+def check(values: Values) -> None:
+    """UserError for a parameter outside RANGES or PATTERNS, before any work: `check(globals())` in a notebook."""
+    for name in values.keys() & RANGES.keys():
+        value, (low, high) = values[name], RANGES[name]
+        try:
+            fits = low <= float(value) <= high and isinstance(value, bool) == isinstance(low, bool)
+        except (TypeError, ValueError, OverflowError):
+            fits = False
+        if not fits or (isinstance(low, int) and not isinstance(value, int)):
+            kind = f"{'a whole number' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}"
+            wanted = "True or False" if isinstance(low, bool) else kind
+            raise UserError(f"{name} is {repr(value)[:40]}, but must be {wanted}.")
+    for name in values.keys() & PATTERNS.keys():
+        pattern, advice = PATTERNS[name]
+        items = parse_list(values[name]) if name in LISTS else [values[name]]
+        if wrong := [item for item in items if not re.fullmatch(pattern, str(item))]:
+            raise UserError(f"{name} {json.dumps(str(wrong[0])[:120])} {advice}.")
 
-    UserError for a name that no notebook has (with the nearest one) and for a value of another type.
+
+def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> Values:
+    """Parameters of a flat YAML file, with `overrides` (as text) on top; every name, type and range is checked.
+
+    UserError for a name that no notebook has (with the nearest one) and for a value of another type or out of range.
     """
     try:
-        profile = yaml.safe_load(Path(path).read_text()) or {}
+        root = yaml.compose(Path(path).read_text("utf-8-sig"), yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"profile {path} cannot be read: {error.strerror}. Give one of profiles/*.yaml.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"profile {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(profile, dict):
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"profile {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    if root and not isinstance(root, yaml.MappingNode):
         raise UserError(f"profile {path} must hold lines such as `epochs: 10`.")
-    defined = parameters()
-    profile |= {name: _from_text(text, defined.get(name)) for name, text in (overrides or {}).items()}
-    for name, value in profile.items():
+    defined, profile = parameters(), {}
+    for name, node in [*(root.value if root else ()), *(overrides or {}).items()]:
+        given = isinstance(node, str)  # by -p
+        name = name if given else str(name.value)
         if name not in defined:
             hint = did_you_mean(name, defined)
-            raise UserError(f'parameter "{name}" of {path} is in no notebook{hint} See: carvana params')
-        profile[name] = _checked(path, name, value, defined[name].default)
+            raise UserError(f'parameter "{name[:60]}" of {path} is in no notebook{hint} See: carvana params')
+        if name in profile and not given:
+            raise UserError(f'parameter "{name}" stands twice in {path}. Leave one of them.')
+        default = defined[name].default
+        profile[name] = value = _value(node, default)
+        if value is None:
+            shown, kind = repr(node if given else node.value)[:60], type(default).__name__
+            raise UserError(f'parameter "{name}" of {path} is {shown}, but must be {kind} such as {default!r}.')
+    check(profile)
     return profile
 
 
-def _from_text(text: str, parameter: Parameter | None) -> Any:
-    try:
-        return text if parameter and isinstance(parameter.default, str) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _value(node: str | yaml.Node, default: Any) -> Any:
+    """A text, or a value in YAML, as the type of a parameter's default; None where it is not of that type.
 
-
-def _checked(path: str | Path, name: str, value: Any, default: Any) -> Any:
-    """`value` with the type of the parameter's default; a whole number or 1e-4 (text in YAML) may stand for a float."""
-    wanted = type(default)
-    if wanted is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if wanted is str and value is None:
-        return ""
-    if type(value) is not wanted:
-        like = f"{wanted.__name__} such as {default!r}"
-        raise UserError(f'parameter "{name}" of {path} is {value!r}, but must be {like}.')
-    return value
+    Only what everybody reads alike is a number: not 010 (octal in YAML), 1:30 (90) or a date.
+    """
+    if not isinstance(node, str | yaml.ScalarNode):
+        return None
+    text = node if isinstance(node, str) else node.value
+    if isinstance(default, str):
+        return text if isinstance(node, str) or node.style or node.tag.endswith(":str") else None
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(text.lower())
+    return type(default)(text) if re.fullmatch(WHOLE if isinstance(default, int) else NUMBER, text, re.I) else None

@@ -154,13 +154,13 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
     ("schedule", "cosin", 'schedule "cosin" is unknown, did you mean "cosine"'),
     ("optimizer", "adamm", 'optimizer "adamm" is unknown, did you mean "adam'),
     ("amp", "fp8", 'amp is "fp8". Choose from: no, fp16, bf16, auto'),
-    ("epochs", 0, "epochs is 0, but must be at least 1"),
+    ("epochs", 0, "epochs is 0, but must be a whole number from 1"),
     ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
     ("height", 100, "height is 100, but must be a multiple of 32"),
     ("encoder_weights", "none.pth", "none.pth does not exist"),
-    ("start_size", 1.5, "start_size is 1.5, but must be a share of the size, from 0.25 to 1"),
+    ("start_size", 1.5, "start_size is 1.5, but must be a number from 0.25 to 1"),
     ("crop_height", 64, r"crop_height and crop_width are \(64, 0\)"),
-    ("lr", "fast", "lr is 'fast', but must be float"),
+    ("lr", "fast", "lr is 'fast', but must be a number from 1e-09 to 10"),
 ])  # fmt: skip
 def test_a_wrong_recipe_is_refused_before_work(name, value, message):
     with pytest.raises(UserError, match=message):

@@ -12,6 +12,7 @@ from carvana.device import precision
 from carvana.errors import UserError, did_you_mean
 from carvana.grid import STRIDE
 from carvana.models import ModelConfig, check_names, check_weights
+from carvana.profiles import check
 from carvana.training.losses import loss_named
 
 SCHEDULES = ("cosine", "onecycle", "plateau", "constant")
@@ -57,25 +58,21 @@ class Recipe:
     def from_parameters(cls, parameters: dict[str, Any]) -> "Recipe":
         """Pick the recipe out of a notebook's parameters: `Recipe.from_parameters(globals())`.
 
-        Names are checked before work.
+        Names and ranges are checked before work.
         """
+        check(parameters)
         recipe = cls(**{name: _typed(name, kind, parameters[name]) for name, kind in get_type_hints(cls).items()})
         check_names(recipe.model_config)
         check_weights(recipe.model_config, recipe.encoder_weights)
         loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
-        if not 0.25 <= recipe.start_size <= 1:
-            raise UserError(f"start_size is {recipe.start_size}, but must be a share of the size, from 0.25 to 1.")
         if recipe.schedule not in SCHEDULES:
             hint = did_you_mean(recipe.schedule, SCHEDULES)
             raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
         if recipe.optimizer not in list_optimizers():
             hint = did_you_mean(recipe.optimizer, list_optimizers())
             raise UserError(f'optimizer "{recipe.optimizer}" is unknown{hint} Any name of timm will do.')
-        for name in ("epochs", "batch_size", "accumulate", "validate_every"):
-            if getattr(recipe, name) < 1:
-                raise UserError(f"{name} is {getattr(recipe, name)}, but must be at least 1.")
         return recipe
 
     def _check_crop(self) -> None:
