@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import RECIPE
+from PIL import Image
 from safetensors.torch import load_file
 
 from carvana import cli, files, pipeline, profiles
 from carvana.data import Competition
 from carvana.errors import UserError
+from carvana.inference import EnsembleSpec
 from carvana.run import Run
 
 
@@ -70,6 +73,21 @@ def test_a_notebook_ends_with_one_line_that_names_the_parameter_or_file(
     assert not list(competition.parent.glob("submissions/*"))
 
 
+def test_with_skip_broken_05_and_06_go_on_past_images_that_cannot_be_decoded_and_of_other_sizes(competition, members):
+    place = competition.parent
+    for name in ("000000000005_01.jpg", "000000000005_04.jpg"):  # the first one and the last one
+        (competition / "test" / name).write_bytes(b"\xff\xd8 not an image")
+    Image.new("RGB", (64, 32)).save(competition / "test" / "000000000005_03.jpg")
+    (competition / "truth.csv").unlink()
+    EnsembleSpec(members, [0.5, 0.5], ["none"], 0.3).write(place / "ensemble.json")
+    values = {name: str(place / name.removesuffix("_dir")) for name in ("data_dir", "runs_dir", "submissions_dir")}
+    values |= {"run_name": "x", "ensemble": str(place / "ensemble.json"), "skip_broken": True}
+    pipeline.execute("05_predict", place / "05.ipynb", values)
+    del values["ensemble"], values["skip_broken"]
+    pipeline.execute("06_submit", place / "06.ipynb", values)
+    assert files.read_json(Run(place / "runs", "x").submission_path)["rows"] == 4
+
+
 def test_no_room_on_the_disk_is_said_and_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "scores.csv"
     files.write_text(path, "old")
@@ -105,10 +123,10 @@ def test_a_link_is_followed_and_a_folder_or_device_is_never_replaced(tmp_path):
         assert link.is_symlink() and (tmp_path / "there" / "real.csv").read_text() == text
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "there", "/dev/null"):
-        before = os.stat(path).st_mode
+        before = Path(path).stat().st_mode
         with pytest.raises(UserError, match="could not be written: it is a folder or a device"):
             files.write_text(path, "new")
-        assert os.stat(path).st_mode == before
+        assert Path(path).stat().st_mode == before
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["pipe", "real.csv", "scores.csv", "there"]
 
 

@@ -1,4 +1,5 @@
 import gzip
+import os
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,8 @@ FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 def write(path: Path, rows: dict | list, header: str = "img,rle_mask") -> Path:
     pairs = rows.items() if isinstance(rows, dict) else rows
-    path.write_text("".join(f"{line}\n" for line in [header, *(",".join(pair) for pair in pairs)]))
+    lines = [header, *(",".join(pair) for pair in pairs)]
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
     return path
 
 
@@ -61,6 +63,16 @@ def test_a_good_file_is_valid_and_its_area_known(tmp_path, sample):
         ("1 2.0", "integer", "'2.0' is not a whole number"),
         ("1_0 2", "integer", "'1_0' is not a whole number"),
         ("nan", "odd", "1 values"),
+        ('2 "3"', "integer", "'\"3\"' is not a whole number"),
+        ('"2" 3', "integer", "'\"2\"' is not a whole number"),
+        ('2 3""', "integer", "'3\"\"' is not a whole number"),
+        ("2\t3", "integer", "'2\\t3' is not a whole number"),
+        ("2\r3", "integer", "'2\\r3' is not a whole number"),
+        ("2 3\f", "integer", "'3\\x0c' is not a whole number"),
+        ("2 3\v", "integer", "'3\\x0b' is not a whole number"),
+        ("2 3\r\r", "integer", "'3\\r' is not a whole number"),
+        ("2\u00a03", "integer", "'2\\xa03' is not a whole number"),
+        ("\u0662 3", "integer", "'\u0662' is not a whole number"),
         ("0 3", "positive", "run 0 3"),
         ("3 0", "positive", "run 3 0"),
         ("3 -1", "positive", "run 3 -1"),
@@ -80,9 +92,72 @@ def test_each_fault_of_a_row_is_found_with_its_line(tmp_path, sample, text, kind
     assert result.mean_area == pytest.approx(0.25)  # the broken row does not count
 
 
-@pytest.mark.parametrize("text", ["", "1 20", "20 1", "1 2 3 2", " 2  3 ", "2\t3", '"2 3"'])
+@pytest.mark.parametrize("text", ["", "1 20", "20 1", "1 2 3 2", " 2  3 ", '"2 3"'])
 def test_unusual_but_good_run_lengths(tmp_path, sample, text):
     assert check(tmp_path, sample, rows(r2=text)).ok
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text('0123456789 \t\r\f\v\n"-+._\xa0', max_size=12))
+def test_run_lengths_are_digits_and_spaces_alone(text):
+    plain = not set(text) - set("0123456789 ")
+    try:
+        assert rle.parse(text.encode()).size == len(text.split()) and (plain or "-" in text)
+    except ValueError:
+        assert not plain
+
+
+@pytest.mark.parametrize("name", ['1.jpg""', '"1.jpg', '1."jpg"', "1.jpg\t", " 1.jpg", "1.JPG"])
+def test_a_name_with_anything_added_is_another_name(tmp_path, sample, name):
+    result = check(tmp_path, sample, [("0.jpg", GOOD), (name, GOOD), ("2.jpg", GOOD), ("3.jpg", GOOD)])
+    assert kinds(result.problems) == {"extra": 1, "missing": 1}
+
+
+def test_windows_line_ends_and_quoted_fields_are_read_as_they_are_meant(tmp_path, sample):
+    quoted = [(f'"{name}"', f'"{text}"') for name, text in rows().items()]
+    assert check(tmp_path, sample, quoted, header='"img","rle_mask"').ok
+    path = write(tmp_path / "ours.csv", rows())
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert check(tmp_path, sample, path).ok
+
+
+@pytest.mark.parametrize("text", ["", "img,rle_mask\n", "\n\n"])
+def test_nothing_at_all_is_neither_valid_nor_scored(tmp_path, sample, text):
+    nothing = tmp_path / "nothing.csv"
+    nothing.write_text(text)
+    assert not check(tmp_path, sample, nothing).ok
+    for names in (nothing, []):
+        with pytest.raises(UserError, match="sample .*names no image"):
+            submission.validate(nothing, submission.Expected(names, HEIGHT, WIDTH))
+    with pytest.raises(UserError, match=r"nothing.csv has no rows"):
+        submission.score(nothing, nothing)
+
+
+@given(st.one_of(st.integers(max_value=0), st.integers(min_value=65536), st.just(10**30)), st.booleans())
+def test_sizes_that_no_image_has_are_refused(size, tall):
+    with pytest.raises(UserError, match=f"{'height' if tall else 'width'} is .*, but must be 1 to 65535"):
+        submission.Expected([], *((size, 1) if tall else (1, size)))
+
+
+def test_each_row_is_checked_with_the_size_of_its_own_image(tmp_path):
+    sizes = {"a.jpg": (4, 5), "b.jpg": (2, 5), "broken.jpg": (0, 0)}
+    expected = submission.Expected(list(sizes), size_of=lambda name: sizes.get(name, (0, 0)))
+    good = write(tmp_path / "good.csv", {"a.jpg": "1 20", "b.jpg": "6 5", "broken.jpg": ""})
+    result = submission.validate(good, expected)
+    assert result.ok and result.mean_area == pytest.approx((1 + 0.5 + 0) / 3)
+    bad = write(tmp_path / "bad.csv", [("a.jpg", "1 21"), ("b.jpg", "6 6"), ("broken.jpg", "1 1"), *[("x", "1 1")] * 2])
+    assert kinds(submission.validate(bad, expected).problems) == {"outside": 5, "extra": 1, "duplicate": 1}
+
+
+def test_a_pipe_is_refused_and_an_endless_line_too(tmp_path, sample, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.csv")
+    monkeypatch.setattr(submission, "LONGEST", 1 << 16)
+    endless = tmp_path / "endless.csv.gz"
+    with gzip.open(endless, "wb") as file:
+        file.write(b"img,rle_mask\n0.jpg," + b"1 " * (1 << 16))
+    for path, reason in ((tmp_path / "pipe.csv", "a folder or a device"), (endless, "line 2 is longer than")):
+        problem = check(tmp_path, sample, path).problems[0]
+        assert problem.kind == "unreadable" and reason in problem.examples[0]
 
 
 def test_names_missing_extra_and_twice(tmp_path, sample):

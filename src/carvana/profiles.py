@@ -1,9 +1,8 @@
-"""The parameters cells of the notebooks, which define every parameter, the ranges, and profiles, checked against both."""
+"""The parameters cells of the notebooks, which define every parameter; ranges; and profiles, checked against both."""
 
 import ast
 import json
 import logging
-import math
 import re
 from dataclasses import dataclass, field
 from functools import cache

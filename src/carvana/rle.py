@@ -55,9 +55,9 @@ def from_edges(positions: NDArray[np.int64]) -> str:
 def parse(text: bytes) -> NDArray[np.int64]:
     """The whole numbers of a text, (n,) int64, huge ones as the largest int64; ValueError names what is none."""
     if text.translate(None, b"0123456789 "):
-        tokens = text.split()
+        tokens = [token for token in text.split(b" ") if token]
         if wrong := next((token for token in tokens if not re.fullmatch(rb"-?\d+", token)), None):
-            raise ValueError(f"{wrong.decode('utf-8', 'replace')[:30]!r} is not a whole number")
+            raise ValueError(f"{wrong[:30].decode('utf-8', 'replace')!r} is not a whole number")
         text = b" ".join(tokens)
     text = text.strip()
     return np.fromstring(text, np.int64, sep=" ") if text else np.empty(0, np.int64)  # 4 times as fast as split

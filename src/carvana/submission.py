@@ -8,10 +8,11 @@ import gzip
 import io
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,8 @@ from carvana.errors import UserError
 from carvana.files import UNREADABLE, atomic
 
 HEADER = [b"img", b"rle_mask"]
-QUOTED = re.compile(rb'"([^",]*)"(?=,|$)')
+QUOTED = re.compile(rb'(?<![^,])"([^",]*)"(?![^,])')  # a whole field; any other quote belongs to the text
+LONGEST = 1 << 26  # bytes of a line: full-size masks of single pixels take 12 MB
 LEVEL = 4  # gzip, 100064 masks of 12 KB: 28 s and 494 MB; level 1 takes 15 s and 524 MB, level 6 117 s and 473 MB
 EXAMPLES = 3  # offending rows that a problem names
 SMALL, LARGE = 0.01, 0.80  # shares of the image outside which a mask deserves a look
@@ -41,11 +43,27 @@ WARNINGS = ("small", "large")  # the kinds that do not make a file invalid
 
 @dataclass(frozen=True)
 class Expected:
-    """What a submission must contain: the names of a csv in its form, or of a list, and masks of height x width."""
+    """What a submission must contain: the names of a csv in its form, or of a list, and masks of height x width.
+
+    size_of: height and width of an image by its name, where they differ; (0, 0) where there is none to decode, so that
+    its row must be empty.
+    """
 
     sample: str | Path | list[str]
     height: int = 1280
     width: int = 1918
+    size_of: Callable[[str], tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no image has."""
+        for name in ("height", "width"):
+            if not 1 <= getattr(self, name) <= 65535:
+                raise UserError(f"{name} is {str(getattr(self, name))[:30]}, but must be 1 to 65535 pixels.")
+
+    def pixels(self, name: str) -> int:
+        """Of an image."""
+        height, width = self.size_of(name) if self.size_of else (self.height, self.width)
+        return height * width
 
 
 @dataclass
@@ -117,7 +135,7 @@ def _in_order(shards: Iterable[Path], names: Iterable[str]) -> Iterator[_Record]
 
 
 @contextlib.contextmanager
-def _compressed(file: BinaryIO, path: Path) -> Iterator[gzip.GzipFile | IO[bytes]]:
+def _compressed(file: IO[bytes], path: Path) -> Iterator[gzip.GzipFile | IO[bytes]]:
     """Neither time nor file name goes into the archive, so equal rows give equal bytes."""
     if path.suffix.lower() == ".gz":
         with gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as out:
@@ -134,9 +152,12 @@ def validate(path: str | Path, expected: Expected) -> Validation:
 
     All faults are collected in one pass. UserError only where the sample cannot be used.
     """
-    sample, size = expected.sample, expected.height * expected.width
+    sample = expected.sample
     names = sample if isinstance(sample, list) else (record.name for record in _records(sample))
-    seen, problems, shares, rows = dict.fromkeys(names, False), _Problems(), [], 0
+    seen, problems, rows = dict.fromkeys(names, False), _Problems(), 0
+    shares: list[float] = []
+    if not seen:
+        raise UserError(f"sample {sample or ''} names no image. Give the competition's sample_submission.csv.")
     try:
         for rows, (number, fields) in enumerate(_body(path, seen, problems), 1):  # noqa: B007 (its last value is used)
             name = _text(fields[0])
@@ -144,8 +165,9 @@ def validate(path: str | Path, expected: Expected) -> Validation:
             if seen.get(name, True):
                 problems.add("duplicate" if name in seen else "extra", place)
             seen[name] = True
+            size = expected.pixels(name)
             if (area := _check_row(fields, place, size, problems)) is not None:
-                shares.append(area / size)
+                shares.append(area / max(1, size))
                 if not SMALL <= shares[-1] <= LARGE:
                     problems.add("small" if shares[-1] < SMALL else "large", f"{place}: {shares[-1]:.2%}")
         for name in (name for name, done in seen.items() if not done):
@@ -208,6 +230,8 @@ def score(path: str | Path, truth: str | Path) -> pd.DataFrame:
             place = f"{path}, line {record.line} ({record.name})"
             raise UserError(f"{place}: {error}. `carvana validate` shows all such rows.") from error
         names.append(record.name)
+    if not names:
+        raise UserError(f"{path} has no rows, so there is nothing to score. Write or download it again.")
     pixels = metrics.PixelCounts(*np.array(counts, np.int64).reshape(-1, 3).T)
     return pd.DataFrame({"img": names, "dice": metrics.dice(pixels), "iou": metrics.iou(pixels)})
 
@@ -245,14 +269,18 @@ def _table(path: str | Path) -> Iterator[tuple[int, list[bytes]]]:
         with _open(Path(path)) as file:
             if file.peek(2)[:2] in (b"\x1f\x8b", b"PK"):
                 raise OSError("it is compressed in a way that its name, .gz or .zip, does not say")
-            for number, line in enumerate(file, 1):
-                if line := line.rstrip(b"\r\n"):
+            for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
+                if len(line) == LONGEST:
+                    raise OSError(f"line {number} is longer than {LONGEST >> 20} MB")
+                if line := line.removesuffix(b"\n").removesuffix(b"\r"):
                     yield number, QUOTED.sub(rb"\1", line).split(b",") if b'"' in line else line.split(b",")
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}. Write or download it again.") from error
 
 
 def _open(path: Path) -> io.BufferedReader:
+    if path.exists() and not path.is_file():
+        raise OSError("it is a folder or a device, not a file")
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(path), 1 << 20)
     return io.BufferedReader(_member(path) if path.suffix.lower() == ".zip" else path.open("rb", 0), 1 << 20)

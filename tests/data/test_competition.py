@@ -1,3 +1,4 @@
+import os
 import shutil
 import zipfile
 
@@ -177,3 +178,151 @@ def test_a_damaged_member_of_a_zip_is_named(competition):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"000000000001_01.jpg"):
         images.read_full_image(Competition(competition).train_images, "000000000001_01.jpg")
+
+
+def listed(path, names):
+    path.write_text("img,rle_mask\n" + "".join(f"{name},1 1\n" for name in names))
+    return path
+
+
+FIVE = [f"000000000005_{view:02d}.jpg" for view in range(1, VIEWS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([f"x{name}" for name in FIVE], r"lacks 4 of 4 images that .*mine.csv names, first x000000000005_01.jpg\. "),
+        ([*FIVE, "x_01.jpg"], r"lacks 1 of 5 images that .*mine.csv names, first x_01.jpg\. "),
+        ([name.replace(".jpg", ".JPG") for name in FIVE], r"first 000000000005_01.JPG, which is 000000000005_01.jpg"),
+        ([], r"sample .*mine.csv names no image"),
+        ([FIVE[0], *FIVE], r"sample .*mine.csv names no image, or one twice"),
+    ],
+    ids=["none", "one more", "other case", "empty", "twice"],
+)
+@pytest.mark.parametrize("test_dir", ["", "test", "own"])
+def test_a_sample_that_a_person_gave_is_never_replaced_by_a_guess(competition, names, message, test_dir):
+    shutil.copytree(competition / "test", competition / "own")
+    sample = listed(competition / "mine.csv", names)
+    with pytest.raises(UserError, match=message):
+        Competition(competition).test(test_dir and competition / test_dir, sample)
+
+
+def test_a_sample_may_name_some_of_the_images_in_any_order(competition):
+    sample = listed(competition / "mine.csv", FIVE[2:0:-1])
+    assert Competition(competition).test("", sample).names == FIVE[2:0:-1]
+    assert Competition(competition).test(competition / "test", sample).names == FIVE[2:0:-1]
+
+
+def test_upper_case_test_images_against_lower_case_names_are_an_error_not_another_list(competition):
+    for path in list((competition / "test").iterdir()):
+        path.rename(path.with_suffix(".JPG"))
+    with pytest.raises(UserError, match=r"lacks 4 of 4 .* which is 000000000005_01.JPG there"):
+        Competition(competition).test()
+    listed(competition / "sample_submission.csv", [name.replace(".jpg", ".JPG") for name in FIVE])
+    assert len(Competition(competition).test().names) == VIEWS
+
+
+@pytest.mark.parametrize("name", ["train", "train_masks", "test"])
+def test_an_unpacking_that_was_cut_short_beside_its_zip_is_an_error(competition, name):
+    folder = competition / name
+    with zipfile.ZipFile(competition / f"{name}.zip", "w") as packed:
+        for file in folder.iterdir():
+            packed.write(file, f"{name}/{file.name}")
+    opened = Competition(competition)
+    assert len(opened.samples) + len(opened.test().names) == 5 * VIEWS  # whole beside whole
+    for file in sorted(folder.iterdir())[:3]:
+        file.unlink()
+    with pytest.raises(UserError, match=rf"{name} lacks 3 of the \d+ files of {name}.zip, .* not unpacked whole"):
+        opened = Competition(competition)
+        opened.samples, opened.test()
+
+
+@pytest.mark.parametrize("form", ["csv", "gif"])
+def test_masks_without_an_image_are_counted_for_they_mean_missing_images(competition, form):
+    if form == "gif":
+        (competition / "train_masks.csv").unlink()
+    for view in (1, 2, 3):
+        (competition / "train" / f"000000000002_{view:02d}.jpg").unlink()
+    with pytest.raises(UserError, match=r"^3 of 16 masks in train_masks\S* have no image in .*train, first 0000000000"):
+        Competition(competition).samples
+
+
+def test_a_car_named_like_a_missing_value_and_upper_case_extensions_are_as_good_as_any(competition):
+    for old, new in (("000000000001", "nan"), ("000000000002", "NA")):
+        for folder, end in (("train", ".JPG"), ("train_masks", "_mask.gif")):
+            for path in list((competition / folder).glob(f"{old}*")):
+                view = path.name.partition("_")[2][:2]
+                path.rename(path.with_name(f"{new}_{view}{end}"))
+        text = (competition / "train_masks.csv").read_text()
+        lines = [line.replace(old, new).replace(".jpg", ".JPG") if old in line else line for line in text.splitlines()]
+        (competition / "train_masks.csv").write_text("\n".join(lines))
+    samples = Competition(competition).samples
+    assert set(samples["car"]) == {"nan", "NA", "000000000003", "000000000004"}
+
+
+TABLES = "train_masks.csv", "sample_submission.csv"
+DAMAGES = {
+    "empty": b"",
+    "one byte": b"\n",
+    "binary": bytes(range(256)) * 4,
+    "zeros": bytes(100),
+    "semicolons": b"img;rle_mask\na_01.jpg;1 1\n",
+    "other columns": b"name,runs\na_01.jpg,1 1\n",
+    "ragged": b"img,rle_mask\na_01.jpg,1 1,2,3\n",
+    "longer rows": b"img,rle_mask\n" + b"a_01.jpg,1 1,\n" * 3,
+    "utf-16": "img,rle_mask\na_01.jpg,1 1\n".encode("utf-16"),
+    "cut zip": b"PK\x03\x04" + bytes(40),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", TABLES)
+def test_a_damaged_table_is_one_line_with_its_name(competition, name, damage):
+    (competition / name).write_bytes(DAMAGES[damage])
+    with pytest.raises(UserError, match=rf"{name} is not a table of img") as error:
+        opened = Competition(competition)
+        opened.test() if name == "sample_submission.csv" else opened.samples
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF", b"GIF89a" + bytes(4), bytes(300)], ids=len)
+def test_a_damaged_gif_is_named(competition, content):
+    (competition / "train_masks" / "000000000001_01_mask.gif").write_bytes(content)
+    with pytest.raises(UserError, match=r"mask 000000000001_01_mask.gif"):
+        Competition(competition).samples
+
+
+def test_a_stamp_is_of_contents_alone(competition, tmp_path):
+    folder = competition / "train"
+    stamp = images.Archive(folder, ".jpg").stamp()
+    moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)  # with other times
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as packed:
+        for file in folder.iterdir():
+            packed.write(file, f"train/{file.name}")
+    assert images.Archive(moved, ".jpg").stamp() == images.Archive(tmp_path / "x.zip", ".jpg").stamp() == stamp
+    changed = folder / "000000000001_01.jpg"
+    data, times = bytearray(changed.read_bytes()), changed.stat()
+    data[len(data) // 2] ^= 1
+    changed.write_bytes(data)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert images.Archive(folder, ".jpg").stamp() != stamp
+
+
+def test_a_zip_packed_in_a_rare_way_is_read_and_a_damaged_one_named(competition):
+    with zipfile.ZipFile(competition / "train.zip", "w", zipfile.ZIP_LZMA) as packed:
+        for file in sorted((competition / "train").iterdir()):
+            packed.write(file, f"train/{file.name}")
+    shutil.rmtree(competition / "train")
+    assert len(Competition(competition).samples) == 4 * VIEWS
+    data = bytearray((competition / "train.zip").read_bytes())
+    data[100:160] = bytes(60)
+    (competition / "train.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"000000000001_01.jpg"):
+        images.read_full_image(Competition(competition).train_images, "000000000001_01.jpg")
+
+
+def test_every_test_image_has_its_own_size_and_a_broken_one_none(competition):
+    Image.new("RGB", (64, 32)).save(competition / "test" / FIVE[1])
+    (competition / "test" / FIVE[2]).write_bytes(b"\xff\xd8 not an image")
+    test = Competition(competition).test()
+    assert [test.size_of(name) for name in FIVE] == [(HEIGHT, WIDTH), (32, 64), (0, 0), (HEIGHT, WIDTH)]

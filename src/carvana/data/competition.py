@@ -1,11 +1,14 @@
 """The competition's files: training images with their masks, the test set, and the lists that name them."""
 
+import contextlib
 import csv
 import io
 import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,10 +28,12 @@ class TestSet:
     images: Archive
     names: list[str]
 
-    @property
-    def size(self) -> Size:
-        """Height and width of the first image."""
-        return image_size(self.images, self.names[0])
+    def size_of(self, name: str) -> Size:
+        """Height and width of an image; (0, 0) of one that is not there or cannot be decoded."""
+        try:
+            return image_size(self.images, name)
+        except (KeyError, UserError):
+            return 0, 0
 
 
 class Competition:
@@ -88,8 +93,11 @@ class Competition:
     @property
     def makes(self) -> pd.Series:
         """Make by car, of the cars with samples whose make metadata.csv names."""
-        metadata = self._table("metadata")
-        if metadata is None or not {"id", "make"} <= set(metadata):
+        path = self._path("metadata.csv")
+        if not path:
+            return pd.Series(dtype=str)
+        metadata = _read_table(path)
+        if not {"id", "make"} <= set(metadata):
             return pd.Series(dtype=str)
         makes = metadata.drop_duplicates("id").set_index("id")["make"].str.strip()
         return makes[makes.index.isin(self.samples["car"]) & makes.ne("")]
@@ -104,25 +112,24 @@ class Competition:
         """The images to predict: those of `test_dir` (a folder or zip), by default the competition's own.
 
         Names are those of the csv `sample`, by default of sample_submission.csv. All images by name where there is
-        none, or where it does not name just the images of `test_dir`. UserError where the competition's test images,
-        or a sample given by hand, do not fit together.
+        none, or where it was not given and does not name just the images of `test_dir`. UserError where a name has no
+        image (an extension in other case is another name), or stands twice.
         """
-        images = Archive(resolve(test_dir), ".jpg") if test_dir else self._archive(self._images_name("test"), ".jpg")
-        path = optional_path(sample)
-        if path and not path.exists():
-            raise UserError(f"sample {path} does not exist. Give a csv with the names wanted in its column img.")
-        rows = _read_table(path) if path else self._table("sample_submission")
-        if rows is not None and "img" not in rows:
-            table = path or self.folder / "sample_submission.csv"
-            raise UserError(f"sample {table} has no column img. Give a csv that has.")
-        names = [] if rows is None else rows["img"].tolist()
-        missing = [name for name in names if name not in images.members]
-        elsewhere = images.path.parent != self.folder
-        if not names or (missing and elsewhere and not sample) or len(missing) == len(names):
+        usual = self._images_name("test")
+        images = Archive(resolve(test_dir), ".jpg") if test_dir else self._archive(usual, ".jpg")
+        path = optional_path(sample) or self._path("sample_submission.csv")
+        if not path:
             return TestSet(images, images.names)
-        if missing:
-            share = f"{len(missing)} of {len(names)} images that the sample names"
-            raise UserError(f"{images.path} lacks {share}, first {missing[0]}. Download the test set again.")
+        names = _read_table(path, "img")["img"].tolist()
+        if not sample and images.path != self._path(usual) and set(names) != set(images.names):
+            return TestSet(images, images.names)
+        if missing := [name for name in names if name not in images.members]:
+            near = {name.lower(): name for name in images.names}.get(missing[0].lower())
+            hint = f", which is {near} there" if near else ""
+            share = f"{len(missing)} of {len(names)} images that {path} names, first {missing[0]}{hint}"
+            raise UserError(f"{images.path} lacks {share}. Give the sample of these images, or download them again.")
+        if len(set(names)) < max(1, len(names)):
+            raise UserError(f"sample {path} names no image, or one twice. Give a csv that names each once.")
         return TestSet(images, names)
 
     def _images_name(self, split: str) -> str:
@@ -135,38 +142,52 @@ class Competition:
     def _archive(self, name: str, suffix: str) -> Archive:
         if not self.folder.is_dir():
             raise UserError(f"data_dir {self.folder} does not exist. Run 01_download, or give the folder of the data.")
-        if path := self._path(name):
-            return Archive(path, suffix)
-        raise UserError(f"data_dir {self.folder} holds neither {name}/ nor {name}.zip. Run 01_download, or unpack it.")
-
-    def _table(self, name: str) -> pd.DataFrame | None:
-        """`name`.csv, also from its zip, all columns as text; None where there is none."""
-        path = self._path(f"{name}.csv")
-        return _read_table(path) if path else None
+        path, packed = self._path(name), self.folder / f"{name}.zip"
+        if not path:
+            raise UserError(f"data_dir {self.folder} holds neither {name}/ nor {packed.name}. Run 01_download.")
+        files, whole = Archive(path, suffix), {}
+        if path != packed and packed.exists():
+            with contextlib.suppress(UserError):  # a broken zip says nothing of the folder
+                whole = Archive(packed, suffix).members
+        if missing := [name for name in whole if name not in files.members]:
+            lack = f"lacks {len(missing)} of the {len(whole)} files of {packed.name}, first {missing[0]}"
+            raise UserError(
+                f"{path} {lack}: it was not unpacked whole. Unpack it again, or delete the folder or the zip."
+            )
+        return files
 
     def _masks(self, sizes: dict[str, Size]) -> dict[str, str]:
         """Run lengths by image."""
-        table = self._table("train_masks")
-        if table is not None and not {"img", "rle_mask"} <= set(table):
-            columns = "train_masks.csv must have the columns img, rle_mask"
-            raise UserError(f"data_dir {self.folder}: {columns}. Download it again.")
-        gifs = self._archive("train_masks", ".gif") if self._path("train_masks") else None
-        if table is not None:
-            masks, place = dict(zip(table["img"], table["rle_mask"], strict=True)), "train_masks.csv"
-            missing = [name for name in sizes if name not in masks]
-        elif gifs:
-            masks, place = {}, str(gifs.path)
-            missing = [name for name in sizes if gif_name(name) not in gifs.members]
-        else:
-            raise UserError(f"data_dir {self.folder} holds no train_masks.csv and no train_masks. Run 01_download.")
-        if missing:
-            raise UserError(f"{len(missing)} of {len(sizes)} images have no mask in {place}, first {missing[0]}.")
-        for name in sizes if gifs else ():
-            if gif_name(name) in gifs.members:
-                check_gif_size(gifs, name, sizes[name])
-        return masks or {name: rle.encode(gif_mask(gifs, name)) for name in progress(sizes, "reading masks")}
+        if table := self._path("train_masks.csv"):
+            if self._path("train_masks"):
+                self._gifs(sizes)
+            rows = _read_table(table, "img", "rle_mask")
+            masks = dict(zip(rows["img"], rows["rle_mask"], strict=True))
+            self._check_pairs(sizes, masks, str, table)
+            return masks
+        gifs = self._gifs(sizes)
+        self._check_pairs(sizes, gifs.members, gif_name, gifs.path)
+        return {name: rle.encode(gif_mask(gifs, name)) for name in progress(sizes, "reading masks")}
 
-    def _area(self, sample) -> float:
+    def _gifs(self, sizes: dict[str, Size]) -> Archive:
+        """The GIF masks, those that are there of the size of their images."""
+        gifs = self._archive("train_masks", ".gif")
+        for name in (name for name in sizes if gif_name(name) in gifs.members):
+            check_gif_size(gifs, name, sizes[name])
+        return gifs
+
+    def _check_pairs(
+        self, images: Iterable[str], masks: Iterable[str], mask_of_image: Callable[[str], str], place: Path
+    ) -> None:  # fmt: skip
+        masks = set(masks)
+        if missing := [name for name in images if mask_of_image(name) not in masks]:
+            share = f"{len(missing)} of {len(list(images))} images"
+            raise UserError(f"{share} have no mask in {place.name}, first {missing[0]}. Exclude them, or add masks.")
+        if spare := sorted(masks - {mask_of_image(name) for name in self.train_images.names}):
+            share = f"{len(spare)} of {len(masks)} masks in {place.name} have no image in {self.train_images.path}"
+            raise UserError(f"{share}, first {spare[0]}. Unpack or download the images whole, or take these masks out.")
+
+    def _area(self, sample: Any) -> float:
         try:
             return float(mask_of(sample).mean())
         except ValueError as error:
@@ -174,15 +195,24 @@ class Competition:
             raise UserError(f"mask of {sample.img} does not fit {place}: {error}.") from error
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """A csv, also in a zip, all columns as text; UserError unless it has `columns` and rows as long as the header."""
     try:
         data = path.read_bytes()
         if zipfile.is_zipfile(path):
             packed = Archive(path, ".csv")
             data = packed.read(packed.names[0])
-        return pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("rows have more columns than the header")
+        if lacking := [name for name in columns if name not in table]:
+            raise ValueError(f"it has no column {lacking[0]}")
+        return table
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a table: {error}. Download it again.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is not a table of {', '.join(columns)}: {reason}. Correct it or download it."
+        ) from error
 
 
 def excluded_names(path: Path | None, images: Archive) -> set[str]:
@@ -209,6 +239,6 @@ def excluded_names(path: Path | None, images: Archive) -> set[str]:
 def car_and_view(name: str) -> tuple[str, int]:
     """Car and view (1 to 16) of a file name like 00087a6bd4dc_01.jpg."""
     car, _, view = name.partition(".")[0].rpartition("_")
-    if not car or not view.isdigit():
+    if not car or not view.isdecimal():
         raise UserError(f"image {name} is not named CAR_VIEW.jpg, so it has no car to put into a fold. Rename it.")
     return car, int(view)

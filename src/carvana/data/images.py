@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from carvana import rle
 from carvana.errors import UserError
 from carvana.files import UNREADABLE
 from carvana.grid import Grid, pad, resize
+from carvana.parallel import overlapped
 
 Size = tuple[int, int]  # height and width
 
@@ -62,10 +64,15 @@ class Archive:
         return self.__dict__ | {"_opened": None}
 
     def stamp(self) -> list[Any]:
-        """What changes when the files change, wherever they lie: size of the zip, or names and sizes of the folder."""
+        """Name, size and CRC-32 of every file: what changes when contents change, and only then, wherever they lie."""
         if self.path.is_file():
-            return [self.path.stat().st_size]
-        return [[name, (self.path / name).stat().st_size] for name in self.names]
+            infos = {info.filename: info for info in self._zip().infolist()}
+            return [[name, infos[self.members[name]].file_size, infos[self.members[name]].CRC] for name in self.names]
+        return list(overlapped(self._sum, ((name,) for name in self.names)))
+
+    def _sum(self, name: str) -> list[Any]:
+        data = self.read(name)
+        return [name, len(data), zlib.crc32(data)]
 
 
 def image_size(images: Archive, name: str) -> Size:
@@ -135,7 +142,8 @@ def gif_mask(gifs: Archive, name: str) -> np.ndarray:
 
 def check_gif_size(gifs: Archive, name: str, size: Size) -> None:
     """UserError where the GIF mask of the image `name` is not of `size`."""
-    width, height = np.frombuffer(gifs.read(gif_name(name), 10)[6:10], "<u2")  # the GIF header's logical screen
+    header = gifs.read(gif_name(name), 10)
+    width, height = np.frombuffer(header[6:].ljust(4, b"\0"), "<u2")  # the GIF header's logical screen
     if (height, width) != size:
         sizes = f"{width}x{height}, its image {size[1]}x{size[0]}"
         raise UserError(f"{gifs.path}: mask {gif_name(name)} is {sizes}. Replace one of them.")
