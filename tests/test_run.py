@@ -1,9 +1,16 @@
 """The folder of a run: folds that stay, checkpoints by fold, and runs side by side."""
 
+import contextlib
+import copy
+import json
+import math
+
 import pandas as pd
 import pytest
 
+from carvana import records
 from carvana.errors import UserError
+from carvana.inference import EnsembleSpec
 from carvana.run import Run, compare, shared_checkpoints, shared_folds
 
 
@@ -61,11 +68,11 @@ def test_runs_with_other_folds_are_not_blended(tmp_path, samples):
 def test_the_out_of_fold_dice_leaves_held_out_cars_out(tmp_path):
     run = Run(tmp_path, "a")
     run.folder.mkdir()
-    pd.DataFrame({"img": list("xyz"), "car": "00", "fold": [0, 1, -1], "dice": [0.5, 0.7, 0.1]}).to_csv(
-        run.scores_path, index=False
-    )
+    scored = {"img": list("xyz"), "car": ["00", "NA", "nan"], "fold": [0, 1, -1], "dice": [0.5, 0.7, 0.1]}
+    row = dict.fromkeys(records.SCORES, 1)
+    pd.DataFrame(row | scored).to_csv(run.scores_path, index=False)
     assert run.out_of_fold_dice() == pytest.approx(0.6)
-    assert run.scores()["car"].tolist() == ["00"] * 3  # text, not the number 0
+    assert run.scores()["car"].tolist() == ["00", "NA", "nan"]  # text, neither the number 0 nor a missing value
 
 
 def test_a_table_that_is_none_is_one_line_with_its_name(tmp_path):
@@ -74,3 +81,148 @@ def test_a_table_that_is_none_is_one_line_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"scores.csv is not a table") as error:
         compare([run])
     assert "\n" not in str(error.value)
+
+
+NUMBERS = {"view": 1, "fold": 0, "dice": 0.5, "iou": 0.4, "area": 0.2, "epoch": 1, "seconds": 2.5}
+
+
+def whole(tmp_path):
+    """A run in which every file that is read back is there and whole."""
+    run = Run(tmp_path, "a")
+    names = {"img": "00_01.jpg", "car": "00", "exclude": ""}
+    for path, columns in tables(run).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{name: (names | NUMBERS).get(name, 1) for name in columns}]
+        pd.DataFrame(rows).to_csv(path, index=False)
+    members = [{"path": "fold0/best.safetensors", "weight": 1.0}]
+    run.write_note("ensemble", {"members": members, "views": ["none"], "threshold": 0.5})
+    run.write_note("run", {"parameters": {"lr": 0.1}, "data": "key"})
+    run.write_note("submission", {"path": "x.csv.gz", "rows": 4, "true_dice": 0.9})
+    run.write_note("steps", {"01_download": {"key": "k", "seconds": 1.5}})
+    touched(run.checkpoint(0))
+    return run
+
+
+def tables(run):
+    history = run.fold_dir(0) / "history.csv"
+    paths = run.folder / "folds.csv", history, run.quality_path, run.scores_path
+    return dict(zip(paths, (records.FOLDS, records.HISTORY, records.QUALITY, records.SCORES), strict=True))
+
+
+READERS = {
+    "folds.csv": [Run.folds, Run.checkpoints, lambda run: shared_folds([run])],
+    "fold0/history.csv": [Run.histories, Run.training_minutes, lambda run: run.history(0)],
+    "scores.csv": [Run.scores, Run.out_of_fold_dice, lambda run: compare([run])],
+    "quality.csv": [Run.quality],
+    "ensemble.json": [lambda run: run.note("ensemble"), lambda run: EnsembleSpec.read(run.ensemble_path)],
+    "run.json": [lambda run: run.note("run"), Run.parameters],
+    "submission.json": [lambda run: run.note("submission"), lambda run: list(run.result_lines())],
+    "steps.json": [],
+}
+DAMAGES = {
+    "empty": lambda path, data: path.write_bytes(b""),
+    "truncated": lambda path, data: path.write_bytes(data[: len(data) // 3]),
+    "binary": lambda path, data: path.write_bytes(bytes(range(256))),
+    "zeros": lambda path, data: path.write_bytes(bytes(len(data))),
+    "semicolons": lambda path, data: path.write_bytes(data.replace(b",", b";")),
+    "utf-16": lambda path, data: path.write_bytes(data.decode().encode("utf-16")),
+    "another table": lambda path, data: path.write_bytes(b"a,b\n1,2\n"),
+    "other values": lambda path, data: path.write_bytes(data.replace(b"1", b"x").replace(b"0", b"x")),
+    "longer rows": lambda path, data: path.write_bytes(data.replace(b"\n", b",\n").replace(b",\n", b"\n", 1)),
+    "a list": lambda path, data: path.write_bytes(b"[1, 2]"),
+    "null": lambda path, data: path.write_bytes(b"null"),
+    "deep": lambda path, data: path.write_bytes(b"[" * 10**5),
+    "a folder": lambda path, data: (path.unlink(), path.mkdir()),
+}
+HARMLESS = "quality.csv", "other values"  # all of it is text
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, name, damage):
+    run = whole(tmp_path)
+    for readers in READERS.values():
+        for read in readers:
+            read(run)
+    DAMAGES[damage](run.folder / name, (run.folder / name).read_bytes())
+    for read in READERS[name] if (name, damage) != HARMLESS else ():
+        with pytest.raises(UserError, match=name) as error:
+            read(run)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    if name == "steps.json":
+        assert run.note("steps") == {}  # found anew
+
+
+@pytest.mark.parametrize("column", [*records.SCORES, *records.HISTORY, *records.FOLDS])
+@pytest.mark.parametrize("cell", ["", "x", None], ids=["empty", "text", "no column"])
+def test_a_column_that_is_missing_or_of_another_type_is_named(tmp_path, column, cell):
+    run = whole(tmp_path)
+    for path, columns in tables(run).items():
+        if column in columns and not (cell == "x" and columns[column] is str) and path != run.quality_path:
+            table = pd.read_csv(path, dtype=str)
+            table = table.drop(columns=column) if cell is None else table.assign(**{column: [cell]})
+            table.to_csv(path, index=False)
+            for read in (Run.folds, Run.scores, lambda run: run.history(0)):
+                with contextlib.suppress(UserError):
+                    read(run)
+                    continue
+                break
+            else:
+                pytest.fail(f"{path} was read")
+
+
+def test_a_table_that_a_spreadsheet_has_saved_is_read(tmp_path):
+    run = whole(tmp_path)
+    run.quality_path.write_bytes(b"\xef\xbb\xbfimg,car,exclude\r\n00_01.jpg,NA,x\r\nNA_02.jpg,00,\r\n")
+    assert run.quality().to_numpy().tolist() == [["00_01.jpg", "NA", "x"], ["NA_02.jpg", "00", ""]]
+
+
+ENSEMBLE = {
+    "members": [{"path": "a", "weight": 0.5}, {"path": "b", "weight": 0.5}],
+    "views": ["none"],
+    "threshold": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("threshold", value) for value in (0, 1, 2, -0.1, "0.5", True, None, math.nan, math.inf, [0.5])],
+        *[("views", value) for value in ([], [1], ["flip"], "none", ["none\n"], ["scale9"], None, [["none"]])],
+        *[("members", value) for value in ([], {}, None, ["a"], [{"path": "a"}], [{"weight": 1.0}])],
+        *[("weight", value) for value in (-1, 2, math.inf, math.nan, True, "1", None, 0.75)],
+        *[("path", value) for value in (1, None, ["a"])],
+    ],
+)
+def test_an_ensemble_that_cannot_be_meant_is_refused_by_what_it_says(tmp_path, key, value):
+    note, path = copy.deepcopy(ENSEMBLE), tmp_path / "ensemble.json"
+    (note if key in note else note["members"][0])[key] = value
+    path.write_text(json.dumps(note))
+    with pytest.raises(UserError, match=r"ensemble.json") as error:
+        EnsembleSpec.read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_person_may_write_whole_numbers_and_notes_into_an_ensemble(tmp_path):
+    path = tmp_path / "ensemble.json"
+    path.write_text(json.dumps(ENSEMBLE | {"members": [{"path": "a", "weight": 1, "why": "the best"}], "note": "mine"}))
+    assert EnsembleSpec.read(path) == EnsembleSpec((tmp_path / "a",), (1.0,), ("none",), 0.5)
+
+
+def test_copies_of_a_fold_are_left_alone_and_a_fold_of_other_cars_is_refused(tmp_path):
+    run = whole(tmp_path)
+    for name in ("foldX", "fold0 copy", "fold", "fold00", "fold-1", "fold\u0663", "folds"):
+        touched(run.folder / name / "best.safetensors")
+        touched(run.folder / name / "history.csv")
+    assert list(run.checkpoints()) == [0] and list(run.histories()) == ["0"]
+    touched(run.folder / "fold7" / "best.safetensors")
+    for read in (Run.checkpoints, Run.histories, Run.training_minutes):
+        with pytest.raises(UserError, match=r"fold7 is no fold of folds.csv. Rename or delete it"):
+            read(run)
+
+
+@pytest.mark.parametrize("name", ["exp/one", "../../escaped", "..", "", "a\0b", "cache"])
+def test_a_run_whose_name_is_no_folder_is_refused_before_work(tmp_path, name):
+    with pytest.raises(UserError, match="is no name of a run"):
+        Run(tmp_path, name)
+    assert not list(tmp_path.iterdir())

@@ -31,7 +31,10 @@ RANGES: dict[str, tuple[float, float]] = {  # lowest and highest value; both boo
     **{"hue": (0.0, 0.5), "scale": (0.0, 0.9), "shift": (0.0, 0.9)},
     "rotate": (0.0, 180.0),
 }
-NAME = r"\w[\w .+=()-]{0,99}(?<! )", "is no name of a run. Use letters, digits, spaces and any of _ . + = ( ) -"
+NAME = (
+    r"(?!cache$)\w[\w .+=()-]{0,99}(?<! )",
+    "is no name of a run. Use letters, digits, spaces and any of _ . + = ( ) -; not cache",
+)
 TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
 PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
     "run_name": NAME,

@@ -2,9 +2,10 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from carvana.data.folds import HOLDOUT, make_folds
 from carvana.errors import UserError
 from carvana.files import project_root, read_json, resolve, write_json, write_text
 from carvana.metrics import mean_over_cars, score_over_cars
+from carvana.profiles import NAME, check
+from carvana.records import FOLDS, HISTORY, QUALITY, SCORES, Done, Members, Start, Submission
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
 
@@ -23,6 +26,7 @@ class Run:
     """The folder `runs_dir`/`run_name`. Making one reads and writes nothing."""
 
     def __init__(self, runs_dir: str | Path, run_name: str):
+        check({"run_name": run_name})
         self.runs_dir, self.name = resolve(runs_dir), run_name
         self.folder = self.runs_dir / run_name
         self.cache_dir = self.runs_dir / "cache"  # of training samples, for all runs
@@ -37,7 +41,8 @@ class Run:
     @staticmethod
     def trained(runs_dir: str | Path) -> list[str]:
         """Names of the runs in `runs_dir` that have a trained fold."""
-        return sorted({path.parent.parent.name for path in resolve(runs_dir).glob("*/fold*/best.safetensors")})
+        names = {path.parent.parent.name for path in resolve(runs_dir).glob("*/fold*/best.safetensors")}
+        return sorted(name for name in names if re.fullmatch(NAME[0], name))
 
     def fold_dir(self, fold: int) -> Path:
         """Where a fold's files are; those of the cars that no fold sees have a folder of their own."""
@@ -49,11 +54,22 @@ class Run:
 
     def checkpoints(self) -> dict[int, Path]:
         """Best checkpoint of every fold that has one; UserError where none has."""
-        paths = sorted(self.folder.glob("fold*/best.safetensors"))
+        paths = {fold: self.checkpoint(fold) for fold in self._fold_dirs() if self.checkpoint(fold).exists()}
         if not paths:
             reason = "Train with 03_train first, or correct run_name or members."
             raise UserError(f"{self.folder} has no trained fold. {reason}")
-        return {int(path.parent.name.removeprefix("fold")): path for path in paths}
+        return paths
+
+    def _fold_dirs(self) -> dict[int, Path]:
+        """Folders of the run's own folds by number; a copy of a fold under another name is a person's own affair.
+
+        UserError for one that folds.csv does not know: its network may have seen every car.
+        """
+        named = {path: re.fullmatch(r"fold(0|[1-9]\d{0,8})", path.name) for path in self.folder.glob("fold*/")}
+        folders = {int(match[1]): path for path, match in named.items() if match}
+        if (self.folder / "folds.csv").exists() and (strays := folders.keys() - set(self.folds()["fold"])):
+            raise UserError(f"{folders[min(strays)]} is no fold of folds.csv. Rename or delete it.")
+        return dict(sorted(folders.items()))
 
     def figure(self, name: str) -> Path:
         """Where the figure `name` is saved."""
@@ -83,28 +99,30 @@ class Run:
         path = self.folder / "folds.csv"
         if not path.exists():
             raise UserError(f"{path} does not exist. Train with 03_train first, or correct run_name or runs_dir.")
-        return read_csv(path)
+        return read_csv(path, FOLDS)
 
     def history(self, fold: int) -> pd.DataFrame:
         """A row a validation of a fold."""
-        return read_csv(self.fold_dir(fold) / "history.csv")
+        return read_csv(self.fold_dir(fold) / "history.csv", HISTORY)
 
     def histories(self) -> dict[str, pd.DataFrame]:
         """Histories by "0", "1", ...; where the run only blends others, those of its members, by "RUN/0", ..."""
-        folders = sorted(self.folder.glob("fold*"))
+        folders = list(self._fold_dirs().values())
         if not folders and self.ensemble_path.exists():
-            members = read_json(self.ensemble_path).get("members", [])
+            members = read_json(self.ensemble_path, Members)["members"]
             folders = [(self.folder / member["path"]).resolve().parent for member in members]
         histories = {}
         for path in (folder / "history.csv" for folder in folders):
-            if path.exists() and len(history := read_csv(path)):
+            if path.exists():
+                history = read_csv(path, HISTORY)
                 prefix = "" if path.parent.parent == self.folder else f"{path.parent.parent.name}/"
                 histories[prefix + path.parent.name.removeprefix("fold")] = history
         return dict(sorted(histories.items(), key=lambda item: (len(item[0]), item[0])))
 
     def training_minutes(self) -> float:
         """Minutes that the run's own folds were trained, all together."""
-        return sum(read_csv(path)["seconds"].max() for path in self.folder.glob("fold*/history.csv")) / 60
+        paths = [folder / "history.csv" for folder in self._fold_dirs().values()]
+        return sum(read_csv(path, HISTORY)["seconds"].max() for path in paths if path.exists()) / 60
 
     @property
     def has_scores(self) -> bool:
@@ -115,7 +133,7 @@ class Run:
         """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
         if not self.has_scores:
             raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
-        return read_csv(self.scores_path)
+        return read_csv(self.scores_path, SCORES)
 
     def out_of_fold_dice(self) -> float | None:
         """Mean Dice of the images that a fold has scored; None where the run has no scores."""
@@ -128,7 +146,7 @@ class Run:
         """quality.csv with a person's marks in the column exclude; None where the run has none."""
         if not self.quality_path.exists():
             return None
-        return read_csv(self.quality_path, dtype={"car": str, "exclude": str}).fillna({"exclude": ""})
+        return read_csv(self.quality_path, QUALITY, may_be_empty=True)
 
     def write_start(self, parameters: dict[str, Any], data: str) -> None:
         """Write run.json: what the run starts with; data: fingerprint of its samples."""
@@ -139,12 +157,20 @@ class Run:
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of training in run.json."""
-        return read_json(self.folder / "run.json")["parameters"]
+        return read_json(self.folder / "run.json", Start)["parameters"]
 
     def note(self, name: str) -> dict[str, Any]:
-        """What NAME.json of the run says, {} where it is not there; name: run, ensemble, submission or steps."""
+        """What NAME.json of the run says, {} where it is not there; name: run, ensemble, submission or steps.
+
+        UserError where it is damaged, but for steps: which are done is found anew.
+        """
         path = self.folder / f"{name}.json"
-        return read_json(path) if path.exists() else {}
+        try:
+            return read_json(path, dict[str, Done] if name == "steps" else dict[str, Any]) if path.exists() else {}
+        except UserError:
+            if name == "steps":
+                return {}
+            raise
 
     def write_note(self, name: str, facts: dict[str, Any]) -> None:
         """Write NAME.json."""
@@ -152,7 +178,7 @@ class Run:
 
     def result_lines(self) -> Iterator[str]:
         """Where the submission, the notebooks and the scores are; last the true Dice where it is known."""
-        submission = read_json(self.submission_path)
+        submission = read_json(self.submission_path, Submission)
         yield f"submission  {submission['path']} ({submission['rows']} images, valid)"
         yield f"notebooks   {self.folder / 'notebooks'}"
         yield f"scores      {self.scores_path}, report {self.report_path}"
@@ -160,12 +186,23 @@ class Run:
             yield f"true Dice {submission['true_dice']:.6f}"
 
 
-def read_csv(path: Path, **options: Any) -> pd.DataFrame:
-    """Read a table with pandas, cars as text; UserError where the file is missing or no table."""
+def read_csv(path: Path, columns: Mapping[str, type], may_be_empty: bool = False) -> pd.DataFrame:
+    """Read a table whose `columns` have these types; UserError where the file is missing, damaged or another table."""
     try:
-        return pd.read_csv(path, **{"dtype": {"car": str}} | options)
+        table = pd.read_csv(
+            path, dtype=dict(columns), keep_default_na=False, na_values=[""], encoding="utf-8-sig", low_memory=False
+        )  # fmt: skip
+        table = table.fillna({"exclude": ""})  # a mark that is not there; a car may be called NA
+        lacking = [name for name in columns if name not in table]
+        if lacking or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError(f"it has no column {lacking[0]}" if lacking else "rows are longer than the header")
+        if table[list(columns)].isna().any(axis=None) or not (may_be_empty or len(table)):
+            raise ValueError("it has empty cells" if len(table) else "it has no rows")
+        return table
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a table: {error}. Delete it and run the step that writes it again.") from error
+        reason = " ".join(str(error).split())
+        advice = "Mend it, commas between columns, or delete it and run the step that writes it again."
+        raise UserError(f"{path} is not a table of {', '.join(columns)}: {reason}. {advice}") from error
 
 
 def _commit() -> str | None:

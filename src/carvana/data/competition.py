@@ -224,8 +224,11 @@ def excluded_names(path: Path | None, images: Archive) -> set[str]:
         return set()
     if not path.is_file():
         raise UserError(f"exclude {path} does not exist. Give a file with an image's name in each line.")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets may put a mark of their own in front
-    rows = list(csv.DictReader(lines))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets may put a mark of their own in front
+        rows = list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"exclude {path} cannot be read: {error}. Give an image's name in each line.") from error
     if rows and {"img", "exclude"} <= set(rows[0]):
         lines = [row["img"] for row in rows if (row["exclude"] or "").strip()]
     names = {line.split(",")[0].strip() for line in lines} - {"", "img"}

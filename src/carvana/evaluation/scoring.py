@@ -22,6 +22,7 @@ from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import Batch, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
 from carvana.parallel import progress
+from carvana.records import SCORES
 from carvana.run import Run, read_csv
 
 THRESHOLDS = 0.35, 0.4, 0.45, 0.55, 0.6, 0.65  # that are tried beside 0.5
@@ -64,7 +65,8 @@ class FoldScorer:
         path, errors = folder / f"scores-{key}.csv", folder / f"errors-{key}.npz"
         if path.exists() and errors.exists():
             with np.load(errors) as kept:
-                return Evaluation(read_csv(path), dict(zip(kept["views"].tolist(), kept["sums"], strict=True)))
+                maps = dict(zip(kept["views"].tolist(), kept["sums"], strict=True))
+                return Evaluation(read_csv(path, SCORES), maps)
         evaluation = self._score_all(competition, samples, batch_size)
         with atomic(errors) as file:
             views, sums = zip(*evaluation.error_maps.items(), strict=True)

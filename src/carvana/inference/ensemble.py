@@ -18,6 +18,8 @@ from carvana.errors import UserError
 from carvana.files import parse_list, read_json, write_json
 from carvana.grid import STRIDE
 from carvana.models import load_checkpoint
+from carvana.profiles import check
+from carvana.records import EnsembleNote
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast, by precision
 
@@ -38,13 +40,12 @@ class EnsembleSpec:
 
     @classmethod
     def read(cls, path: Path) -> "EnsembleSpec":
-        """From an ensemble.json; the checkpoints' paths are relative to its folder."""
-        note = read_json(path)
-        try:
-            checkpoints, weights = zip(*((path.parent / m["path"], m["weight"]) for m in note["members"]), strict=True)
-            return cls(checkpoints, weights, tuple(note["views"]), note["threshold"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not an ensemble: {error} is missing. Write it with 04_evaluate.") from error
+        """From an ensemble.json, which people may edit; the checkpoints' paths are relative to its folder."""
+        note = read_json(path, EnsembleNote)
+        checkpoints, weights = zip(*((path.parent / m["path"], m["weight"]) for m in note["members"]), strict=True)
+        if not math.isclose(sum(weights), 1, abs_tol=1e-6):
+            raise UserError(f"{path}: the weights sum to {sum(weights):.6g}, but must to 1. Correct them.")
+        return cls(checkpoints, weights, tuple(note["views"]), note["threshold"])
 
     def write(self, path: Path) -> None:
         """As the ensemble.json that `read` reads."""
@@ -64,8 +65,7 @@ class Ensemble:
     def __init__(self, spec: EnsembleSpec):
         if not spec.checkpoints:
             raise UserError("The ensemble has no checkpoints. Train a fold with 03_train first.")
-        for name in spec.tta:
-            _scale(name)
+        parse_tta(",".join(spec.tta))
         self.spec = spec
         self.device = torch.device("cuda" if gpu_count() else "cpu")
         loaded = [load_checkpoint(path) for path in spec.checkpoints]
@@ -93,10 +93,8 @@ class Ensemble:
 
 def parse_tta(text: str) -> list[str]:
     """The names in a parameter such as "none,hflip"; UserError for one that is unknown."""
-    names = parse_list(text) or ["none"]
-    for name in names:
-        _scale(name)
-    return names
+    check({"tta": text})
+    return parse_list(text) or ["none"]
 
 
 def tta_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, name: str) -> torch.Tensor:
@@ -109,21 +107,8 @@ def tta_logits(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tens
         return model(images)
     if name == "hflip":
         return model(images.flip(2)).flip(2)
-    size = images.shape[1:3]
-    scaled = [max(STRIDE, round(side * _scale(name) / STRIDE) * STRIDE) for side in size]
+    size, factor = images.shape[1:3], float(name.removeprefix("scale"))
+    scaled = [max(STRIDE, round(side * factor / STRIDE) * STRIDE) for side in size]
     resized = interpolate(images.permute(0, 3, 1, 2).float(), scaled, mode="bilinear", antialias=True)
     logits = model(resized.round().byte().permute(0, 2, 3, 1))
     return interpolate(logits.float()[:, None], size, mode="bilinear", antialias=True)[:, 0]
-
-
-def _scale(name: str) -> float:
-    """How much larger a tta makes the image; UserError where it is unknown."""
-    if name in ("none", "hflip"):
-        return 1.0
-    try:
-        factor = float(name.removeprefix("scale"))
-        if name.startswith("scale") and 0.25 <= factor <= 4:
-            return factor
-    except ValueError:
-        pass
-    raise UserError(f'tta "{name}" is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... up to scale4.')
