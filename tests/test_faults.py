@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import RECIPE, trainer_of
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +21,7 @@ from carvana.data import Competition
 from carvana.errors import UserError
 from carvana.inference import EnsembleSpec
 from carvana.run import Run
+from carvana.training.launch import train
 
 
 def fails(capsys, *arguments) -> str:
@@ -147,9 +148,24 @@ def test_what_a_kill_leaves_is_swept_and_what_is_being_written_is_not(tmp_path):
     (path.parent / ".mine.csv").touch()
     with files.atomic(path) as file:
         file.write(b"whole")
-        files.sweep(tmp_path)
+        files.sweep(tmp_path.rglob(".*"))
     assert path.read_bytes() == b"whole"
     assert sorted(file.name for file in path.parent.iterdir()) == [".mine.csv", "best.safetensors"]
+
+
+def test_a_fold_whose_best_weights_are_lost_is_trained_anew(competition, tmp_path):
+    run_dir = tmp_path / "runs" / "x"
+    trained = trainer_of(competition, run_dir, epochs=1)
+    train(trained)
+    assert trainer_of(competition, run_dir, epochs=1).finished
+    best = run_dir / "fold0" / "best.safetensors"
+    before = load_file(best)
+    best.unlink()
+    again = trainer_of(competition, run_dir, epochs=1)
+    assert not again.finished
+    train(again)
+    after = load_file(best)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_its_place(monkeypatch, capsys):

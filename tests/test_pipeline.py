@@ -8,9 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carvana import device, pipeline, profiles
+from carvana import device, files, pipeline, profiles
 from carvana.errors import UserError
 from carvana.files import project_root
+from carvana.run import Run
 
 PROFILES = sorted((project_root() / "profiles").glob("*.yaml"))
 
@@ -207,6 +208,104 @@ def test_a_changed_file_of_the_package_runs_every_step_again_wherever_it_lies(tm
 def test_a_run_that_only_blends_others_trains_nothing(tmp_path):
     steps = pipeline.steps(profiles.load_profile(profile(tmp_path, "run_name: blend\nmembers: a,b")))
     assert "03_train" not in {step.notebook for step in steps}
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A profile whose notebooks only write what the next ones need; and the titles of those that ran."""
+    ran, run = [], Run(tmp_path / "runs", "x")
+    files_of = {
+        "03_train": lambda values: [run.checkpoint(values["fold"]), run.folds_path],
+        "04_evaluate": lambda _: [run.scores_path, run.ensemble_path],
+        "05_predict": lambda _: [tmp_path / "submissions" / "x.csv.gz"],
+    }
+
+    def execute(notebook, output, values):
+        ran.append(output.stem)
+        for path in (output, *files_of.get(notebook, lambda _: [])(values)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(path.name)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        run.write_note("submission", {"path": "x.csv.gz", "rows": 1})
+        return 0.1
+
+    monkeypatch.setattr(pipeline, "execute", execute)
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
+    folders = "".join(f"{name}_dir: {tmp_path / name}\n" for name in ("data", "runs", "submissions"))
+    return profile(tmp_path, f"{folders}run_name: x\nn_folds: 2"), ran, run
+
+
+def test_a_step_is_done_while_everything_that_the_next_one_needs_is_there(written, tmp_path):
+    path, ran, run = written
+    pipeline.run(path)
+    assert len(ran) == 7
+    needed = {
+        run.checkpoint(1): "03_train_fold1",
+        run.folds_path: "03_train_fold0",
+        run.ensemble_path: "04_evaluate",
+        run.scores_path: "04_evaluate",
+        tmp_path / "submissions" / "x.csv.gz": "05_predict",
+        run.submission_path: "06_submit",
+    }
+    for file, title in needed.items():
+        file.unlink()
+        ran.clear()
+        pipeline.run(path)
+        assert title in ran and file.exists()
+        ran.clear()
+        pipeline.run(path)
+        assert not ran
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"03_train_fold0": 3}', bytes(99)], ids=repr)
+def test_a_damaged_list_of_steps_runs_them_once_more(written, damage):
+    path, ran, run = written
+    for expected in (7, 7, 0):
+        ran.clear()
+        pipeline.run(path)
+        assert len(ran) == expected
+        if expected and not (run.folder / "seen").exists():
+            (run.folder / "steps.json").write_bytes(damage)
+            (run.folder / "seen").touch()
+
+
+def test_what_a_kill_left_is_swept_when_the_run_starts_again(written, tmp_path):
+    path, _, run = written
+    gone = f"{files.MARK}999999999-abcdefgh"
+    left = [run.fold_dir(0) / f".best.safetensors{gone}", tmp_path / "submissions" / f".x.csv.gz{gone}"]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    pipeline.run(path)
+    assert not [file for file in left if file.exists()]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"members": "x, gone"}, "gone.* does not exist. Train with 03_train first, or correct run_name"),
+        ({"members": "../x"}, 'members "../x" is no name of a run'),
+        ({"run_name": "exp/one"}, 'run_name "exp/one" is no name of a run'),
+        ({"tta": "none,vflip"}, 'tta "vflip" is unknown'),
+        ({"ensemble": "gone.json"}, "ensemble .*gone.json does not exist"),
+        ({"ensemble": "bad.json"}, "bad.json cannot be read as JSON: .*threshold"),
+        ({"ensemble": "lost.json"}, "lost.json names fold0/best.safetensors, which does not exist"),
+        ({"test_dir": "gone"}, "test_dir .*gone does not exist"),
+        ({"sample": "gone.csv"}, "sample .*gone.csv does not exist"),
+        ({"exclude": "gone.csv"}, "exclude .*gone.csv does not exist"),
+    ],
+)
+def test_what_only_a_late_step_reads_is_checked_before_the_first(written, tmp_path, values, message):
+    path, ran, _ = written
+    note = {"members": [{"path": "fold0/best.safetensors", "weight": 1}], "views": ["none"], "threshold": 0.5}
+    files.write_json(tmp_path / "lost.json", note)
+    files.write_json(tmp_path / "bad.json", note | {"threshold": 2})
+    places = ("ensemble", "test_dir", "sample", "exclude")
+    values = {name: str(tmp_path / value) if name in places else value for name, value in values.items()}
+    with pytest.raises(UserError, match=message) as error:
+        pipeline.run(path, values)
+    assert "\n" not in str(error.value)
+    assert not ran and not (tmp_path / "runs").exists()
 
 
 def test_folds_have_a_lane_for_each_gpu_and_other_steps_one(monkeypatch):

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,11 +52,11 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what `atomic` left below `folder` in processes of this machine that were killed."""
-    for path in folder.rglob(f".*{MARK}*-*"):
+def sweep(hidden: Iterable[Path]) -> None:
+    """Delete those of the files that `atomic` left in processes of this machine that were killed."""
+    for path in hidden:
         process = path.name.rpartition(MARK)[2].partition("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+        if MARK in path.name and process.isdecimal() and not psutil.pid_exists(int(process)):
             path.unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 """The six notebooks through papermill, with the parameters of a profile; what has not changed is skipped."""
 
+import glob
 import itertools
 import math
 import sys
@@ -16,17 +17,18 @@ from papermill.exceptions import PapermillExecutionError
 
 from carvana.data.competition import Competition
 from carvana.errors import OutOfTimeError, UserError
-from carvana.files import fingerprint, optional_path, parse_list, project_root, read_json, resolve, sha256, stamp
+from carvana.files import fingerprint, optional_path, parse_list, project_root, read_json, resolve, sha256, stamp, sweep
 from carvana.parallel import tame_allocator
 from carvana.profiles import Values, load_profile, notebook_path, parameters, with_defaults
-from carvana.run import Run
+from carvana.records import EnsembleNote
+from carvana.run import Run, shared_checkpoints, shared_folds
 
 PACKAGE = Path(__file__).parent
 
 
 @dataclass
 class Step:
-    """One notebook with its parameters, what it reads and what it must have written."""
+    """One notebook with its parameters, what it reads, and what of its writings the next ones need."""
 
     title: str
     notebook: str
@@ -45,14 +47,14 @@ def steps(profile: Values) -> Iterator[Step]:
     """The steps of a run, in order: each notebook once, 03_train once for every fold."""
     values, defined = with_defaults(profile), parameters()
     competition, run = Competition(values["data_dir"]), Run(values["runs_dir"], values["run_name"])
-    members = [Run(run.runs_dir, name) for name in parse_list(values["members"])] or [run]
+    members = _members(values) or [run]
     folds = range(values["n_folds"])
     submission = resolve(values["submissions_dir"]) / f"{run.name}.csv.gz"
     checkpoints = [member.checkpoint(fold) for member in members for fold in folds]
     ensemble = optional_path(values["ensemble"]) or run.ensemble_path
     predicts_with = [ensemble, *checkpoints]
     if values["ensemble"] and ensemble.exists():
-        predicts_with += [ensemble.parent / member["path"] for member in read_json(ensemble)["members"]]
+        predicts_with += [ensemble.parent / member["path"] for member in read_json(ensemble, EnsembleNote)["members"]]
     tests = [resolve(values["test_dir"])] if values["test_dir"] else competition.test_files
     samples = [*competition.training_files, *([resolve(values["exclude"])] if values["exclude"] else [])]
 
@@ -64,10 +66,30 @@ def steps(profile: Values) -> Iterator[Step]:
     yield step("01_download", [], [competition.folder])
     yield step("02_explore", samples, [])
     for fold in folds if run.name in [member.name for member in members] else ():
-        yield step("03_train", samples, [run.checkpoint(fold, "last")], fold=fold)
+        yield step("03_train", samples, [run.checkpoint(fold), run.folds_path], fold=fold)
     yield step("04_evaluate", [*samples, *checkpoints], [run.scores_path, run.ensemble_path])
     yield step("05_predict", [competition.folder, *tests, *predicts_with], [submission])
     yield step("06_submit", [competition.folder, submission], [run.submission_path])
+
+
+def _members(values: Values) -> list[Run]:
+    return [Run(values["runs_dir"], name) for name in parse_list(values["members"])]
+
+
+def check_inputs(values: Values) -> None:
+    """UserError for anything that only a late step reads and that is not there, or cannot be used, now."""
+    run = Run(values["runs_dir"], values["run_name"])
+    for name in ("exclude", "ensemble", "test_dir", "sample"):
+        path = optional_path(values[name])
+        if path and path != run.ensemble_path and not path.exists():
+            raise UserError(f'{name} {path} does not exist. Correct it, or leave it "".')
+    if values["ensemble"] and (ensemble := resolve(values["ensemble"])).exists():
+        for member in read_json(ensemble, EnsembleNote)["members"]:
+            if not (ensemble.parent / member["path"]).exists():
+                raise UserError(f"ensemble {ensemble} names {member['path']}, which does not exist. Train it first.")
+    if others := [member for member in _members(values) if member.name != run.name]:
+        shared_folds(others)
+        shared_checkpoints(others)
 
 
 def run(profile: str | Path, overrides: dict[str, str] | None = None, hours: float = 0) -> list[str]:
@@ -79,6 +101,9 @@ def run(profile: str | Path, overrides: dict[str, str] | None = None, hours: flo
     values = load_profile(profile, overrides)
     names = with_defaults(values)
     of_profile = Run(names["runs_dir"], names["run_name"])
+    check_inputs(names)
+    submissions = resolve(names["submissions_dir"]).glob(f".{glob.escape(of_profile.name)}.csv.gz.*")
+    sweep([*of_profile.folder.rglob(".*"), *submissions])
     tame_allocator()
     for _, group in itertools.groupby(steps(values), key=lambda step: step.notebook):
         _run_group(list(group), of_profile, ends)

@@ -32,6 +32,7 @@ class Run:
         self.cache_dir = self.runs_dir / "cache"  # of training samples, for all runs
         self.shards_dir = self.folder / "parts"
         self.worst_dir = self.folder / "figures" / "worst"
+        self.folds_path = self.folder / "folds.csv"
         self.scores_path = self.folder / "scores.csv"
         self.quality_path = self.folder / "quality.csv"
         self.ensemble_path = self.folder / "ensemble.json"
@@ -67,7 +68,7 @@ class Run:
         """
         named = {path: re.fullmatch(r"fold(0|[1-9]\d{0,8})", path.name) for path in self.folder.glob("fold*/")}
         folders = {int(match[1]): path for path, match in named.items() if match}
-        if (self.folder / "folds.csv").exists() and (strays := folders.keys() - set(self.folds()["fold"])):
+        if self.folds_path.exists() and (strays := folders.keys() - set(self.folds()["fold"])):
             raise UserError(f"{folders[min(strays)]} is no fold of folds.csv. Rename or delete it.")
         return dict(sorted(folders.items()))
 
@@ -84,7 +85,7 @@ class Run:
 
         UserError where it belongs to other cars or parameters.
         """
-        path, folds = self.folder / "folds.csv", make_folds(samples, n_folds, holdout_cars, seed)
+        path, folds = self.folds_path, make_folds(samples, n_folds, holdout_cars, seed)
         if not path.exists():
             write_text(path, folds.to_csv(index=False))
         if not self.folds().equals(folds):
@@ -96,7 +97,7 @@ class Run:
 
     def folds(self) -> pd.DataFrame:
         """Table car, fold; UserError where the run has none."""
-        path = self.folder / "folds.csv"
+        path = self.folds_path
         if not path.exists():
             raise UserError(f"{path} does not exist. Train with 03_train first, or correct run_name or runs_dir.")
         return read_csv(path, FOLDS)

@@ -48,6 +48,9 @@ class Trainer:
         group_size = recipe.accumulate * processes
         keys = batches(len(self.train_rows), recipe.batch_size, group_size, recipe.epochs, recipe.seed)
         data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes)
+        if not run.checkpoint(fold).exists() and (self.folder / "state.pt").exists():
+            print(f"{run.checkpoint(fold)} is lost: the fold is trained anew.")
+            (self.folder / "state.pt").unlink(missing_ok=True)
         use_gpu(fold)
         self.state = TrainState(recipe, fold, len(keys) // processes, data, self.folder / "state.pt")
         self.rank = self.state.accelerator.process_index
