@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -59,6 +60,52 @@ def test_only_missing_or_damaged_shards_are_computed_again(members, tests, tmp_p
     predicted(ensemble, tests, tmp_path, shard_size=5)
     assert [part.read_bytes() for part in parts] == contents
     assert before == {part: part.stat().st_mtime_ns for part in before}
+
+
+NOTES = {
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "a list": b"[]",
+    "null": b"null",
+    "no key": b"{}",
+    "a number for a list": lambda note: note | {"areas": 1},
+    "a shorter list": lambda note: note | {"areas": note["areas"][:-1]},
+    "a text for a number": lambda note: note | {"unsure": ["x"] * len(note["unsure"])},
+    "a null for a name": lambda note: note | {"names": [None] * len(note["names"])},
+}
+
+
+def test_a_shard_whose_note_or_rows_are_damaged_is_made_anew(members, tests, tmp_path):
+    ensemble = equal(members[:1])
+    expected = predicted(ensemble, tests, tmp_path, shard_size=4)
+    part, note = tmp_path / "part-00001.csv", tmp_path / "part-00001.json"
+    rows, facts = part.read_bytes(), note.read_bytes()
+    for damage in NOTES.values():
+        note.write_bytes(damage if isinstance(damage, bytes) else json.dumps(damage(json.loads(facts))).encode())
+        assert predicted(ensemble, tests, tmp_path, shard_size=4).equals(expected)
+        assert (part.read_bytes(), note.read_bytes()) == (rows, facts)
+    for damage in (b"", rows[:50], rows.replace(b"1", b"2", 1), bytes(len(rows))):
+        part.write_bytes(damage)
+        assert predicted(ensemble, tests, tmp_path, shard_size=4).equals(expected)
+        assert part.read_bytes() == rows
+    part.unlink()
+    part.mkdir()
+    with pytest.raises(UserError, match=r"part-00001.csv could not be written: it is a folder"):
+        predicted(ensemble, tests, tmp_path, shard_size=4)
+
+
+def test_another_image_under_the_same_name_starts_anew(members, competition, tmp_path):
+    tests = Competition(competition).test().images
+    before = predicted(equal(members[:1]), tests, tmp_path)
+    first, second = (competition / "test" / name for name in tests.names[:2])
+    size = max(path.stat().st_size for path in (first, second))
+    old = first.read_bytes().ljust(size, b"\0"), second.read_bytes().ljust(size, b"\0")
+    for contents in (old, old[::-1]):  # of one size and one time
+        for path, content in zip((first, second), contents, strict=True):
+            path.write_bytes(content)
+            os.utime(path, (1, 1))
+        after = predicted(equal(members[:1]), tests, tmp_path)
+    assert after["area"].tolist()[:2] == before["area"].tolist()[1::-1]
 
 
 def test_another_member_tta_or_threshold_starts_anew(members, tests, tmp_path):
@@ -124,7 +171,7 @@ CLAIMS = """
     images = Competition(sys.argv[2]).train_images
     spec, folder = EnsembleSpec.equal([Path(sys.argv[1])], ["none"]), Path(sys.argv[3])
     whole = Prediction(spec, TestSet(images, images.names), folder, Options(batch_size=4, shard_size=5))
-    claims = Claims(whole, [(1, whole.shards[1])], (folder / "claims.lock").open("a"), float("inf"))
+    claims = Claims(whole, [whole.shards[1]], float("inf"))
     next(iter(claims))
     print("claimed", flush=True)
     time.sleep(60)
@@ -137,7 +184,7 @@ def test_a_shard_that_another_process_works_on_is_left_to_it_and_taken_when_that
     ensemble = equal(members[:1])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "claimed\n"
-        table = predicted(ensemble, tests, tmp_path, shard_size=5, max_hours=1 / 3600)
+        table = predicted(ensemble, tests, tmp_path, shard_size=5, max_hours=10 / 3600)
         other.kill()
     assert not (tmp_path / "part-00001.csv").exists()
     assert len(table) == len(tests.names) - 5

@@ -1,6 +1,5 @@
 """Run lengths of all images, in whole shards that processes and machines share and that a kill cannot spoil."""
 
-import fcntl
 import multiprocessing
 import os
 import time
@@ -11,12 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic's demand on Python 3.11
 
 from carvana import rle
 from carvana.data.competition import TestSet
@@ -40,6 +41,16 @@ class PredictedMask(NamedTuple):
     unsure: float | None
 
 
+class ShardNote(TypedDict):
+    """What the json of a shard holds: a value an image of names, areas and boundary uncertainties."""
+
+    key: str
+    sha256: str
+    names: list[str]
+    areas: list[float | None]
+    unsure: list[float | None]
+
+
 @dataclass(frozen=True)
 class Shard:
     """A slice of the images, and the files that hold it: a csv of img,rle_mask and a json that vouches for it."""
@@ -49,11 +60,12 @@ class Shard:
 
     def finished(self, key: str) -> bool:
         """Whether the shard is whole and was made with the same checkpoints, tta, threshold and images."""
-        note = self.path.with_suffix(".json")
-        if not (self.path.exists() and note.exists()):
+        try:
+            note = read_json(self.path.with_suffix(".json"), ShardNote)
+            lengths = {len(note[name]) for name in ("names", "areas", "unsure")}
+            return note["key"] == key and lengths == {len(self.rows)} and note["sha256"] == sha256(self.path)
+        except (OSError, UserError):  # missing or damaged: it is made anew
             return False
-        facts = read_json(note)
-        return bool(facts["key"] == key and facts["sha256"] == sha256(self.path))
 
     def write(self, key: str, names: list[str], masks: list[PredictedMask]) -> None:
         """The csv first, then the json that makes it count."""
@@ -141,56 +153,54 @@ def predict_probabilities(
 
 def _work(prediction: Prediction, ensemble: Ensemble, deadline: float, show: bool = True) -> None:
     """Take shards that nobody works on until none is missing, or the deadline has passed; at least one is done."""
-    missing, n = list(enumerate(prediction.shards)), len(prediction.test.names)
-    with (
-        (prediction.folder / "claims.lock").open("a") as lock,
-        progress(None, "predicting", total=n, disable=not show) as bar,
-    ):
+    missing, n = prediction.shards, len(prediction.test.names)
+    with progress(None, "predicting", total=n, disable=not show) as bar:
         while True:
-            missing = [(number, shard) for number, shard in missing if not shard.finished(prediction.key)]
-            bar.update(n - sum(len(shard.rows) for _, shard in missing) - bar.n)
-            claims = Claims(prediction, missing, lock, deadline)
+            missing = [shard for shard in missing if not shard.finished(prediction.key)]
+            bar.update(n - sum(len(shard.rows) for shard in missing) - bar.n)
+            claims = Claims(prediction, missing, deadline)
             batches = iter(claims)
             if first := next(batches, None):
                 _finish(claims, ensemble, chain([first], batches), bar)
-            if time.time() > deadline or len(claims.taken) == len(missing):
+            if time.time() > deadline or claims.count == len(missing):
                 return
-            time.sleep(0 if claims.taken else 1)  # the others are being done elsewhere, unless that process dies
+            time.sleep(0 if claims.count else 1)  # the others are being done elsewhere, unless that process dies
 
 
 class Claims:
     """Batches of rows of shards that no other process works on; iterating claims shard after shard.
 
-    A claim is a lock on one byte of a file, so it ends with the process, however that ends.
+    A claim is a locked file beside the shard, and the lock ends with its process, however that ends.
     """
 
-    def __init__(self, prediction: Prediction, missing: list[tuple[int, Shard]], lock: IO[str], deadline: float):
-        self.prediction, self.missing, self.lock, self.deadline = prediction, missing, lock, deadline
-        self.taken: list[int] = []
+    def __init__(self, prediction: Prediction, missing: list[Shard], deadline: float):
+        self.prediction, self.missing, self.deadline = prediction, missing, deadline
+        self.count, self.locks = 0, dict[Shard, FileLock]()  # of this process
 
     def __iter__(self) -> Iterator[list[int]]:
         """A batch never holds rows of two shards."""
         size = self.prediction.options.batch_size
-        for number, shard in self.missing:
-            if self.taken and time.time() > self.deadline:
+        for shard in self.missing:
+            if self.count and time.time() > self.deadline:
                 return
-            if self._claim(number, shard):
-                self.taken.append(number)
+            if self._claim(shard):
+                self.count += 1
                 yield from (list(shard.rows[first : first + size]) for first in range(0, len(shard.rows), size))
 
-    def _claim(self, number: int, shard: Shard) -> bool:
+    def _claim(self, shard: Shard) -> bool:
+        self.locks[shard] = FileLock(shard.path.with_suffix(".lock"), blocking=False)
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except OSError:
+            self.locks[shard].acquire()
+        except Timeout:
             return False
         if not shard.finished(self.prediction.key):
             return True
-        self.release(number)  # another process has written it in between
+        self.release(shard)  # another process has written it in between
         return False
 
-    def release(self, number: int) -> None:
+    def release(self, shard: Shard) -> None:
         """Let go of a shard that is written."""
-        fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, number)
+        self.locks.pop(shard).release()
 
 
 def _finish(claims: Claims, ensemble: Ensemble, row_batches: Iterable[list[int]], bar: tqdm) -> None:
@@ -199,11 +209,10 @@ def _finish(claims: Claims, ensemble: Ensemble, row_batches: Iterable[list[int]]
     for row, mask in overlapped(_encode, _blended(prediction, ensemble, row_batches, bar)):
         masks.append(mask)
         bar.update()
-        number = row // prediction.options.shard_size
-        shard = prediction.shards[number]
+        shard = prediction.shards[row // prediction.options.shard_size]
         if row == shard.rows[-1]:
             shard.write(prediction.key, [prediction.test.names[i] for i in shard.rows], masks)
-            claims.release(number)
+            claims.release(shard)
             masks = []
 
 
