@@ -1,8 +1,13 @@
 import copy
+import io
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
 
 from carvana import models
 from carvana.errors import UserError
@@ -100,10 +105,88 @@ def test_a_checkpoint_alone_rebuilds_the_network(tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
-def test_a_broken_checkpoint_is_named(tmp_path):
-    (tmp_path / "best.safetensors").write_bytes(b"nothing")
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "best.safetensors"
+    models.save_checkpoint(path, models.SegmentationModel(SMALL).state_dict(), SMALL, amp="no")
+    return path
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "a text": lambda data: b"nothing",
+    "cut": lambda data: data[:-4],
+    "cut in its header": lambda data: data[:200],
+    "longer": lambda data: data + bytes(4),
+    "zeros": lambda data: bytes(len(data)),
+    "no metadata": lambda data: save({"a": torch.zeros(2)}),
+    "no checksum": lambda data: data.replace(b'"sha256"', b'"sha265"'),
+    "other facts": lambda data: data.replace(rb"\"amp\": \"no\"", rb"\"amp\": \"na\""),
+    "a network that is a list": lambda data: save({"a": torch.zeros(2)}, {"network": "[]", "facts": "{}"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, damage):
+    path, data = tmp_path / "best.safetensors", checkpoint.read_bytes()
+    path.write_bytes(DAMAGES[damage](data))
+    assert path.read_bytes() != data
+    with pytest.raises(UserError, match=r"best.safetensors cannot be read: .*Delete it and train its fold") as error:
+        models.load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.booleans())
+def test_a_checkpoint_with_a_flipped_bit_is_never_used(checkpoint, tmp_path, place, bit, in_header):
+    data = bytearray(checkpoint.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    end = len(bytes(data[:header]).rstrip()) if in_header else len(data)
+    data[int(place * end)] ^= 1 << bit
+    path = tmp_path / "best.safetensors"
+    path.write_bytes(data)
     with pytest.raises(UserError, match=r"best.safetensors cannot be read"):
-        models.load_checkpoint(tmp_path / "best.safetensors")
+        models.load_checkpoint(path)
+
+
+class Command:
+    """What runs a command where it is unpickled without care."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def torch_saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+WEIGHTS = {
+    "nothing": b"",
+    "a text": b"weights",
+    "a zip of nothing": b"PK\x05\x06" + bytes(18),
+    "a list": torch_saved([torch.zeros(2)]),
+    "a tensor": torch_saved(torch.zeros(2)),
+    "a number": torch_saved(3),
+    "texts": torch_saved({"a": "b"}),
+    "an empty state_dict": torch_saved({"state_dict": {}}),
+    "no state_dict": torch_saved({"state_dict": None}),
+    "a set": pickle.dumps({1, 2}),
+    "a command": pickle.dumps(Command()),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", WEIGHTS)
+def test_encoder_weights_of_a_wrong_content_are_one_short_line(tmp_path, monkeypatch, content, suffix):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(WEIGHTS[content])
+    with pytest.raises(UserError, match=rf"encoder_weights .*w{suffix} (cannot be read|holds no tensors)") as error:
+        models.load_encoder(models.SegmentationModel(SMALL), path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("encoder", "page"), [

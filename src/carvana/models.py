@@ -1,8 +1,8 @@
 """Networks by name, their encoder weights, and checkpoints."""
 
+import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -37,7 +37,7 @@ class ModelConfig:
     height: int
     width: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse sizes that the network cannot halve five times."""
         for name in ("height", "width"):
             value = getattr(self, name)
@@ -52,6 +52,9 @@ class SegmentationModel(nn.Module):
     forward: (B, h, w, 3) uint8 RGB -> (B, h, w) logits. The images stay bytes until they are on the device, and
     permuting them makes the batch channels_last, the layout in which convolutions are fastest.
     """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -130,7 +133,7 @@ def load_encoder(model: SegmentationModel, weights: str | Path | None) -> str:
     """
     if not weights:
         return "Encoder weights: random."
-    encoder = model.net.encoder
+    encoder = model.net.get_submodule("encoder")
     state = encoder.state_dict()
     name = model.config.encoder
     given = _hub_weights(name) if weights == "imagenet" else _read_weights(resolve(weights))
@@ -161,9 +164,18 @@ def _counterpart(key: str, tensor: torch.Tensor, given: dict[str, torch.Tensor])
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"encoder_weights {path} cannot be read: {str(error).splitlines()[0]}") from error
-    return weights.get("state_dict", weights)
+    except Exception as error:  # what holds no tensors, or more than tensors, raises one of many
+        reason = f"cannot be read ({type(error).__name__})"
+        raise UserError(
+            f"encoder_weights {path} {reason}. Give a .safetensors or .pth file of tensors alone."
+        ) from error
+    if isinstance(weights, dict):
+        weights = weights.get("state_dict", weights)
+    named = weights.items() if isinstance(weights, dict) else ()
+    tensors = {name: tensor for name, tensor in named if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"encoder_weights {path} holds no tensors by name. Give the state_dict of an encoder.")
+    return tensors
 
 
 def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
@@ -179,28 +191,45 @@ def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
 def _repository(encoder: str) -> str:
     """Where the hub keeps an encoder's ImageNet weights."""
     if encoder.startswith("tu-"):
-        return timm.get_pretrained_cfg(encoder.removeprefix("tu-")).hf_hub_id
+        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+        return f"{config.hf_hub_id if config else encoder}"
     return smp.encoders.encoders[encoder]["pretrained_settings"]["imagenet"]["repo_id"]
 
 
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], config: ModelConfig, **facts: Any) -> None:
     """Write weights as safetensors, with the network's configuration and `facts` (JSON-like) in the metadata."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     metadata = {"network": json.dumps(asdict(config)), "facts": json.dumps(facts)}
     with atomic(path) as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in state.items()}, metadata))
+        file.write(save(tensors, metadata | {"sha256": _checksum(tensors, metadata)}))
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(f"{metadata['network']} {metadata['facts']}".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path) -> tuple[SegmentationModel, dict[str, Any]]:
-    """The network of a checkpoint, on the CPU in evaluation mode, and the facts stored with it."""
+    """The network of a checkpoint, on the CPU in evaluation mode, and the facts stored with it.
+
+    UserError where a bit of it has changed since it was written.
+    """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            metadata = file.metadata()
+        tensors, written = load_file(path), metadata.pop("sha256", None)  # version 0.1 wrote none
+        if set(metadata) != {"network", "facts"} or written not in (None, _checksum(tensors, metadata)):
+            raise ValueError("its contents have changed since it was written")
         model = SegmentationModel(ModelConfig(**json.loads(metadata["network"])))
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(tensors)
         return model.eval(), json.loads(metadata["facts"])
-    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {path} cannot be read: {reason}. Train its fold with 03_train.") from error
+    except Exception as error:  # damaged files raise one of many
+        reason = str(error).partition("\n")[0]
+        advice = "Delete it and train its fold with 03_train."
+        raise UserError(f"checkpoint {path} cannot be read: {reason}. {advice}") from error
 
 
 class ClassicUNet(nn.Module):

@@ -21,7 +21,7 @@ class BlendedLogits:
 
     def enlarge(self, full: Size) -> np.ndarray:
         """Full-size logits (H, W) float32: the logits of each size are enlarged on a grid of their own."""
-        return reduce(np.add, [Grid(*full, *logits.shape).enlarge(logits) for logits in self.by_size])
+        return reduce(np.add, (Grid(*full, *logits.shape).enlarge(logits) for logits in self.by_size))
 
     def edges(self, full: Size, logit_threshold: float) -> np.ndarray:
         """`rle.edges` of the full-size mask, which is not computed where that is possible."""
@@ -41,7 +41,7 @@ class BlendedLogits:
             logits = logits + resized[0, 0].numpy()
         car, near = logits > logit_threshold, (logits > logit_threshold - 1) & (logits < logit_threshold + 1)
         outline = np.count_nonzero(car[1:] != car[:-1]) + np.count_nonzero(car[:, 1:] != car[:, :-1])
-        return round(float(np.count_nonzero(near) / np.maximum(1, outline)), 3)
+        return round(np.count_nonzero(near) / max(1, int(outline)), 3)
 
 
 def blend(logits: Sequence[torch.Tensor], weights: Sequence[float]) -> list[BlendedLogits]:
