@@ -19,6 +19,7 @@ from carvana.run import Run
 from carvana.training import Recipe, Trainer
 
 HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
+SMALL = 40, 60  # height and width of masks made by hand
 
 MEMBER_SIZES = (96, 128), (64, 96)
 
@@ -56,6 +57,20 @@ def ellipse(car: int, view: int) -> np.ndarray:
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     wide, high = 25 + 5 * view, 18 + 2 * car
     return ((x - WIDTH / 2 - car) / wide) ** 2 + ((y - HEIGHT / 2) / high) ** 2 < 1
+
+
+def square(top: int, left: int, size: int) -> np.ndarray:
+    """A mask of the table of `samples_of`."""
+    mask = np.zeros(SMALL, dtype=bool)
+    mask[top : top + size, left : left + size] = True
+    return mask
+
+
+def samples_of(masks: dict[tuple[str, int], np.ndarray]) -> pd.DataFrame:
+    """Samples as a competition gives them, from {(car, view): mask}."""
+    rows = [(f"{car}_{view:02d}.jpg", car, view, rle.encode(mask), mask.mean()) for (car, view), mask in masks.items()]
+    table = pd.DataFrame(rows, columns=["img", "car", "view", "rle", "area"])
+    return table.assign(height=SMALL[0], width=SMALL[1])
 
 
 def write_competition(folder: Path, cars: int = 4, test_cars: int = 1, gifs: bool = True) -> Path:

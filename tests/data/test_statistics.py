@@ -3,23 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SMALL, samples_of, square
 
-from carvana import rle
 from carvana.data.statistics import downscaling_ceilings, mask_oddities, share_explained, touching_sides
-
-HEIGHT, WIDTH = 40, 60
-
-
-def square(top, left, size):
-    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
-    mask[top : top + size, left : left + size] = True
-    return mask
-
-
-def samples(masks):
-    """Of a competition, from {(car, view): mask}."""
-    rows = [(f"{car}_{view:02d}.jpg", car, view, rle.encode(mask), mask.mean()) for (car, view), mask in masks.items()]
-    return pd.DataFrame(rows, columns=["img", "car", "view", "rle", "area"]).assign(height=HEIGHT, width=WIDTH)
 
 
 def test_oddities_find_patch_gap_and_area_and_where_they_are():
@@ -28,7 +14,7 @@ def test_oddities_find_patch_gap_and_area_and_where_they_are():
     odd_one[5:8, 5:8] = False  # a gap of 9 pixels
     masks = {(car, view): square(0, 0, 20) for car in "abc" for view in (1, 2, 3)} | {("b", 2): odd_one}
     masks[("c", 3)] = square(0, 0, 10)
-    table = mask_oddities(samples(masks)).set_index("img")
+    table = mask_oddities(samples_of(masks)).set_index("img")
     odd = table.loc["b_02.jpg"]
     assert (odd["fragment"], odd["fragment_at"]) == (10, (52, 30.5))
     assert (odd["hole"], odd["hole_at"]) == (9, (6, 6))
@@ -40,13 +26,13 @@ def test_oddities_find_patch_gap_and_area_and_where_they_are():
 def test_a_gap_that_opens_to_the_border_and_an_empty_mask_are_no_holes():
     open_gap = square(0, 0, 40)
     open_gap[0:30, 10:20] = False
-    table = mask_oddities(samples({("a", 1): open_gap, ("b", 1): square(0, 0, 0), ("c", 1): square(0, 0, 40)}))
+    table = mask_oddities(samples_of({("a", 1): open_gap, ("b", 1): square(0, 0, 0), ("c", 1): square(0, 0, 40)}))
     assert (table[["fragment", "hole"]] == 0).all(axis=None)
 
 
 def test_a_car_at_a_side_is_counted_and_one_at_the_top_is_not():
     masks = {("a", 1): square(10, 0, 5), ("a", 2): square(0, 10, 5), ("b", 1): square(9, 55, 5)}
-    assert touching_sides(samples(masks)) == 2
+    assert touching_sides(samples_of(masks)) == 2
 
 
 def test_groups_explain_all_or_nothing_of_the_spread():
@@ -56,8 +42,8 @@ def test_groups_explain_all_or_nothing_of_the_spread():
 
 
 def test_coarser_networks_cannot_draw_finer_edges():
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    table = samples({("a", 1): (x - 30) ** 2 + (y - 20) ** 2 < 15**2})
+    y, x = np.mgrid[: SMALL[0], : SMALL[1]]
+    table = samples_of({("a", 1): (x - 30) ** 2 + (y - 20) ** 2 < 15**2})
     ceilings = downscaling_ceilings(table, seed=1)
     assert ceilings["fraction"].tolist() == ["1/2", "1/4", "1/8"]
     assert ceilings["dice"].is_monotonic_decreasing and ceilings["dice"].between(0.9, 1).all()

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import simplejpeg
+from conftest import SMALL, samples_of, square
 from matplotlib.colors import to_rgb
 
 from carvana import plots, rle
@@ -15,32 +16,19 @@ from carvana.data.statistics import background_contrast, mask_oddities
 from carvana.plots import explore, style
 from carvana.plots import scores as score_figures
 
-HEIGHT, WIDTH = 40, 60
-
-
-def square(top, left, size, height=HEIGHT, width=WIDTH):
-    mask = np.zeros((height, width), dtype=bool)
-    mask[top : top + size, left : left + size] = True
-    return mask
-
-
-def table(masks):
-    """Samples as a competition gives them, from {(car, view): mask}."""
-    rows = [(f"{car}_{view:02d}.jpg", car, view, rle.encode(mask), mask.mean()) for (car, view), mask in masks.items()]
-    return pd.DataFrame(rows, columns=["img", "car", "view", "rle", "area"]).assign(height=HEIGHT, width=WIDTH)
-
 
 @pytest.fixture(scope="module")
 def samples():
     """Two cars in 16 views: car a of 10 x 10, car b of 20 x 20 pixels, both with their corner at 10, 20."""
-    return table({(car, view): square(10, 20, size) for car, size in (("a", 10), ("b", 20)) for view in range(1, 17)})
+    views = range(1, 17)
+    return samples_of({(car, view): square(10, 20, size) for car, size in (("a", 10), ("b", 20)) for view in views})
 
 
 @pytest.fixture(scope="module")
 def archive(samples, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     for name in samples["img"]:
-        (folder / name).write_bytes(simplejpeg.encode_jpeg(np.full((HEIGHT, WIDTH, 3), 200, np.uint8)))
+        (folder / name).write_bytes(simplejpeg.encode_jpeg(np.full((*SMALL, 3), 200, np.uint8)))
     return Archive(folder, ".jpg")
 
 
@@ -80,16 +68,16 @@ def test_turntable_shows_sixteen_views_and_tells_the_smallest_and_largest(archiv
 
 def test_areas_names_the_views_with_most_and_least_car():
     masks = {(car, view): square(0, 0, 10 * view) for car in "ab" for view in (1, 2)}
-    left, right = draw(plots.areas(table(masks))).axes
-    assert title(left) == "View 2 shows most car (16.7%), view 1 least (4.2%)"
-    assert "share of the image" in left.get_ylabel()
-    assert title(right) == "Cars: 10.4% to 10.4%"
+    (ax,) = draw(plots.areas(samples_of(masks))).axes
+    assert title(ax) == "View 2 shows most car (16.7%), view 1 least (4.2%)"
+    assert "share of the image" in ax.get_ylabel()
 
 
 def test_mean_mask_shows_mean_and_spread_of_each_view(samples):
     figure = draw(plots.mean_mask(samples))
     shown = [ax for ax in images(figure) if ax.get_title()]
-    assert [ax.get_title() for ax in shown[15:17]] == ["view 16: mean", "view 1: spread"]
+    assert [ax.get_title() for ax in shown[15:17]] == ["view 16", "view 1"]  # means, then spreads
+    assert [bar.get_ylabel() for bar in figure.axes[-2:]] == ["cars that cover it", "spread (sigma)"]
     mean, spread = (shown[at].images[0].get_array() for at in (0, 16))
     assert mean.shape == (5, 8)  # an eighth of 40 x 60, rounded
     assert mean.mean() == pytest.approx((100 + 400) / 2 / 2400, abs=0.003)
@@ -99,17 +87,17 @@ def test_mean_mask_shows_mean_and_spread_of_each_view(samples):
 
 def test_areas_by_make_joins_rare_makes_and_keeps_cars_without_one():
     sizes = {"a": 10, "b": 12, "c": 20, "d": 30, "e": 25}
-    samples = table({(car, 1): square(0, 0, size) for car, size in sizes.items()})
+    samples = samples_of({(car, 1): square(0, 0, size) for car, size in sizes.items()})
     makes = pd.Series({"a": "Audi", "b": "Audi", "c": "BMW", "d": "", "z": "Ford"})  # e is in no table
     (ax,) = draw(plots.areas_by_make(samples, makes, count=1)).axes
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["Audi (2)", "other makes (1)", "unknown (2)"]
     assert title(ax) == "Makes go from Audi (5.1%) to Audi (5.1%), cars from 4.2% to 37.5%"  # 122 of 2400 pixels
     (ax,) = draw(plots.areas_by_make(samples, makes[:0])).axes
-    assert (title(ax), ax.get_yticklabels()[0].get_text()) == ("0 of 5 cars have a known make", "unknown (5)")
+    assert (title(ax), ax.get_yticklabels()[0].get_text()) == ("Cars go from 4.2% to 37.5%", "unknown (5)")
 
 
 def test_contrast_is_the_distance_of_a_cars_colour_from_the_backgrounds(tmp_path):
-    samples = table({(car, 1): square(10, 20, 20) for car in "abc"})
+    samples = samples_of({(car, 1): square(10, 20, 20) for car in "abc"})
     for car, grey in (("a", 0), ("b", 255), ("c", 210)):
         image = np.where(square(10, 20, 20), grey, 255).astype(np.uint8)
         (tmp_path / f"{car}_01.jpg").write_bytes(simplejpeg.encode_jpeg(np.stack([image] * 3, -1).copy(), quality=98))
@@ -125,7 +113,7 @@ def test_contrast_is_the_distance_of_a_cars_colour_from_the_backgrounds(tmp_path
 def test_odd_masks_show_one_row_for_each_kind(archive, samples):
     odd = mask_oddities(samples).assign(fragment=0)
     odd.loc[3, ["hole", "hole_at"]] = [7, (20, 15)]
-    figure = draw(plots.odd_masks(archive, samples, odd, columns=2))
+    figure = draw(plots.odd_masks(archive, samples, odd))
     shown = [ax.get_title() for ax in images(figure)]
     assert shown == ["a_04.jpg\ngap of 7 pixels"]  # areas are as expected, and there is no patch
     assert figure.get_suptitle() == "The oddest of 32 masks: area off by 0%, patch of 0, gap of 7 pixels"
@@ -133,10 +121,11 @@ def test_odd_masks_show_one_row_for_each_kind(archive, samples):
 
 def test_fold_balance_counts_held_out_cars_apart(samples):
     folds = pd.DataFrame({"car": ["a", "b"], "fold": [-1, 0]})
-    left, right = draw(plots.fold_balance(samples, folds)).axes
-    assert title(left) == "Folds hold 16 to 16 images"
-    assert [label.get_text() for label in left.get_xticklabels()] == ["held out", "0"]
-    assert title(right) == "Mean areas lie between 4.2% and 16.7%"
+    (ax,) = draw(plots.fold_balance(samples, folds)).axes
+    assert title(ax) == "Folds hold 16 to 16 images; mean areas are 4.2% to 16.7%"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["held out (1)", "fold 0 (1)"]
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[pytest.approx(1 / 24)], [pytest.approx(1 / 6)]]
+    assert ax.lines[0].get_color() == style.HOLDOUT_COLOUR
 
 
 def competition(archive, samples):
@@ -210,7 +199,7 @@ def test_error_maps_paint_each_view_by_what_is_wrong_there():
     maps[1][0, 1, 2] = 2  # missed in both images of view 1
     maps[2][1, 3, 3] = 1  # background taken for car in one of two
     maps[1][2, 1:3, 1:5] = 2
-    figure = draw(score_figures.error_maps(maps, scores(), HEIGHT / WIDTH))
+    figure = draw(score_figures.error_maps(maps, scores(), SMALL[0] / SMALL[1]))
     first, second = images(figure)
     assert figure.get_suptitle() == "View 1 has most wrong pixels, 4.17% of the image"  # 1 of 24 places
     assert second.get_title() == "view 2: 2.08% wrong"
@@ -233,7 +222,7 @@ def test_saved_errors_are_full_size_and_zoomed_and_replace_older_ones(archive, s
     plots.save_errors(data, {"a_01.jpg": square(10, 25, 20)}, ["a_01.jpg"], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_01.jpg", "a_01_zoom.jpg"]
     full, zoom = (simplejpeg.decode_jpeg((tmp_path / f"a_01{part}.jpg").read_bytes()) for part in ("", "_zoom"))
-    assert full.shape == (HEIGHT, WIDTH, 3)
+    assert full.shape == (*SMALL, 3)
     assert zoom.shape == (267, 400, 3)  # a window of 10 x 15 pixels
     missed = 0.25 * 200 + 0.75 * rgb(MISSED)
     assert np.abs(zoom.reshape(-1, 3) - missed).max(1).min() < 12  # but for what the JPEG changes

@@ -67,7 +67,7 @@ def test_a_run_with_only_a_history_gets_a_page(run):
     assert "<h1>Run first</h1>" in text
     assert "0.987654" in text and "0.100000" in text  # best and untrained Dice
     assert "1 of 2" in text  # best epoch
-    assert text.count("<polyline") == 2  # Dice and loss
+    assert text.count("data:image/svg+xml") == 2  # Dice and loss
     assert "Worst images" not in text and "Not scored yet" in text
 
 
@@ -77,7 +77,7 @@ def test_a_run_without_anything_gets_a_page(tmp_path):
 
 def test_a_history_of_the_untrained_network_alone_is_shown(tmp_path):
     add_history(tmp_path / "run" / "fold0", [0.25])
-    assert page(tmp_path / "run").count("<polyline") == 1
+    assert page(tmp_path / "run").count("data:image/svg+xml") == 1
 
 
 def test_scores_have_six_decimals_and_say_what_they_were_selected_on(run):
@@ -97,7 +97,7 @@ def test_the_page_loads_nothing_from_elsewhere(run):
     add_worst(run)
     text = page(run)
     addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text)
-    assert len(addresses) == 10 and all(address.startswith(("data:image/", "#worst")) for address in addresses)
+    assert len(addresses) == 12 and all(address.startswith(("data:image/", "#worst")) for address in addresses)
     assert "<script" not in text and "@import" not in text
     assert 'name="viewport"' in text
     assert text.index("The worst images") < text.index("fold0")
@@ -162,7 +162,7 @@ def test_facts_of_run_ensemble_and_submission_are_shown_and_escaped(run):
     files.write_json(run / "submission.json", {"rows": 64, "true_dice": 0.99654321, "kaggle": {"public": 0.99}})
     text = page(run)
     assert "0.996543" in text and "0.990000" in text and "0.001" in text
-    assert "none, hflip" in text and "members.1.path" in text
+    assert "none, hflip" in text and "path fold0/best.safetensors weight 1" in text
     assert "&lt;b&gt;dice" in text and "<b>dice" not in text
 
 

@@ -80,7 +80,7 @@ def test_the_page_fits_the_screen_and_loads_nothing_from_elsewhere(page, width, 
     found = opened(page, width, tmp_path)
     assert found["width"] == width
     assert found["needed"] <= width  # no scrolling sideways
-    assert found["images"] == 3 and found["broken"] == []
+    assert found["images"] == 5 and found["broken"] == []
     assert found["fetched"] == [] and found["faults"] == []
 
 

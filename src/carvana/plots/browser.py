@@ -44,7 +44,7 @@ def browse(competition: Competition, runs_dir: str | Path, run_name: str = "") -
     return Browser(competition, [Run(folder, name) for name in names], run_name or names[0])
 
 
-class Browser(VBox):
+class Browser(VBox):  # type: ignore[misc]  # ipywidgets has no types
     """The widget of `browse`. `rank` is the image's place in the order; car and view follow it and lead to it.
 
     While several controls are set together, it is not `settled`, and none of them leads anywhere.
@@ -147,15 +147,10 @@ def painted(image: np.ndarray, true: np.ndarray, probability: np.ndarray | None,
     shown = resize(image, *size) if "image" in layers else np.full((*size, 3), 255, np.uint8)
     if probability is not None and "probability" in layers:
         share = 0.65 if "image" in layers else 1.0
-        shown = cv2.addWeighted(shown, 1 - share, _coloured(resize(probability, *size)), share, 0)
+        coloured = matplotlib.colormaps["cividis"](resize(probability, *size), bytes=True)[..., :3]
+        shown = cv2.addWeighted(shown, 1 - share, np.ascontiguousarray(coloured), share, 0)
     if probability is not None and "difference" in layers:
         predicted, least = probability > 0.5, 0 if scale < 1 else 0.5  # a single wrong pixel is to be seen
         errors = (resize(mask.astype(np.float32), *size) > least for mask in (true & ~predicted, predicted & ~true))
         shown = with_errors(shown, *errors)
     return with_edge(shown, resize(true.astype(np.float32), *size) > 0.5, 2) if "mask" in layers else shown
-
-
-def _coloured(probability: np.ndarray) -> np.ndarray:
-    """(h, w) in [0, 1] -> (h, w, 3) uint8 in the colours of the other figures."""
-    table = (matplotlib.colormaps["cividis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    return table[(probability * 255).round().astype(np.uint8)]

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,11 +18,12 @@ from carvana.files import atomic
 from carvana.grid import resize
 from carvana.plots import style
 
+Masks = Mapping[str, np.ndarray]  # (H, W) bool by image
 Window = tuple[slice, slice]  # rows and columns
 WHOLE: Window = slice(None), slice(None)
 CLOSE_UP = 0.125  # of height and width that a place of a large image shows
 PANEL_WIDTH, ZOOM_WIDTH = 480, 400  # pixels of an image in a panel at most, and of a saved zoom
-UNSURE = 0.27, 0.73  # probabilities between which a network hesitates: logits of -1 to 1, as in boundary_uncertainty
+UNSURE = 0.23  # a network hesitates from 27 to 73 %, logits of -1 to 1, as in boundary_uncertainty
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,20 @@ class Outlined:
     def draw(self, ax: Axes, title: str, window: Window = WHOLE, frame: Window | None = None) -> None:
         """Fill a panel with a `window` of the image, and draw a frame around another one."""
         image, soft = np.ascontiguousarray(self.image[window]), self.soft[window].astype(np.float32)
-        scale = min(1, PANEL_WIDTH / soft.shape[1])
-        size = [max(1, round(side * scale)) for side in soft.shape]
+        top, left = (side.start or 0 for side in window)
+        height, width = soft.shape
+        extent = left - 0.5, left + width - 0.5, top + height - 0.5, top - 0.5  # the axes count the image's pixels
+        size = [max(1, round(side * min(1, PANEL_WIDTH / width))) for side in soft.shape]
         image, soft = resize(image, *size), resize(soft, *size)
-        ax.imshow(image, cmap="cividis", vmin=0, vmax=1)
+        ax.imshow(image, cmap="cividis", vmin=0, vmax=1, extent=extent)
         ax.set_title(title, fontsize=style.FONT_SIZE - 1.5)
         if soft.min() < 0.5 < soft.max():
-            line = ax.contour(soft, [0.5], colors=[self.colour], linewidths=1.3)
+            line = ax.contour(soft, [0.5], colors=[self.colour], linewidths=1.3, extent=extent, origin="upper")
             line.set_path_effects([withStroke(linewidth=self.halo, foreground="white", alpha=0.8)])
         if frame:
-            ax.add_patch(_rectangle(frame, window, scale))
-
-
-def _rectangle(frame: Window, window: Window, scale: float) -> Rectangle:
-    top, left = (side.start or 0 for side in window)
-    rows, columns = frame
-    corner = (columns.start - left) * scale, (rows.start - top) * scale
-    width, height = ((side.stop - side.start) * scale for side in (columns, rows))
-    return Rectangle(corner, width, height, fill=False, color=style.HIGHLIGHT_COLOUR, linewidth=2)
+            rows, columns = frame
+            corner, size = (columns.start, rows.start), [side.stop - side.start for side in (columns, rows)]
+            ax.add_patch(Rectangle(corner, *size, fill=False, color=style.HIGHLIGHT_COLOUR, linewidth=2))
 
 
 def tinted(image: np.ndarray, place: np.ndarray, colour: str, share: float = 0.75) -> np.ndarray:
@@ -84,21 +80,20 @@ def with_edge(image: np.ndarray, true: np.ndarray, thickness: int) -> np.ndarray
     return np.where(edge_pixels(true, thickness)[..., None], colour, image)
 
 
-def error_overlays(competition: Competition, predicted: Mapping[str, np.ndarray], titles: Mapping[str, str]) -> Figure:
+def error_overlays(competition: Competition, predicted: Masks, titles: Mapping[str, str]) -> Figure:
     """Training images with what is wrong painted on them, each beside the place where most pixels are wrong.
 
-    predicted: masks (H, W) bool by image. titles: by image, of those that are shown, in order.
+    titles: by image, of those that are shown, in order.
     """
-    samples, counts = list(_samples(competition, titles)), np.zeros(2)
-    figure, axes = style.panels(2 * len(samples), 4, samples[0].height / samples[0].width, "", line=0.35, foot=0.3)
-    for whole, close, sample in zip(axes[::2], axes[1::2], samples, strict=False):
-        true, mask = mask_of(sample), predicted[sample.Index]
-        errors, place = (true & ~mask, mask & ~true), densest(true != mask)
-        counts += [np.count_nonzero(places) for places in errors]
-        image = with_errors(read_full_image(competition.train_images, sample.Index), *errors)
-        shown = true | mask
+    counts = np.zeros(2)  # of false negatives and false positives
+    aspect = competition.samples["height"].iloc[0] / competition.samples["width"].iloc[0]
+    figure, axes = style.panels(2 * len(titles), 4, aspect, "", line=0.4, foot=0.3)
+    painted = _painted(competition, predicted, titles)
+    for whole, close, (name, image, true, wrong) in zip(axes[::2], axes[1::2], painted, strict=False):
+        counts += np.count_nonzero(wrong & true), np.count_nonzero(wrong & ~true)
+        place, shown = densest(wrong), true | wrong
         shown[place] = True  # the frame must not leave the panel
-        Outlined(image, true).draw(whole, titles[sample.Index], _around(shown), place)
+        Outlined(image, true).draw(whole, titles[name], _around(shown), place)
         Outlined(image, true, halo=0).draw(close, "where most is wrong", place)
     style.colour_legend(figure, style.ERROR_LEGEND)
     share, (missed, taken) = counts[0] / max(1, counts.sum()), style.ERROR_TEXTS.values()
@@ -106,35 +101,33 @@ def error_overlays(competition: Competition, predicted: Mapping[str, np.ndarray]
     return figure
 
 
-def save_errors(
-    competition: Competition, predicted: Mapping[str, np.ndarray], names: Iterable[str], folder: Path
-) -> None:
+def save_errors(competition: Competition, predicted: Masks, names: Iterable[str], folder: Path) -> None:
     """Fill `folder`: NAME.jpg, a full-size image with its errors and the true edge, NAME_zoom.jpg its worst place.
 
-    predicted: masks (H, W) bool by image. names: those to be saved. Older images there are removed.
+    names: those to be saved. Older images there are removed.
     """
     for old in folder.glob("*.jpg"):
         old.unlink()
-    for sample in _samples(competition, names):
-        true, mask = mask_of(sample), predicted[sample.Index]
-        image = with_errors(read_full_image(competition.train_images, sample.Index), true & ~mask, mask & ~true)
-        place = densest(true != mask, 2 * CLOSE_UP)
+    for name, image, true, wrong in _painted(competition, predicted, names):
+        place = densest(wrong, 2 * CLOSE_UP)
         zoom, edge = np.ascontiguousarray(image[place]), true[place].astype(np.float32)
-        size = max(1, round(ZOOM_WIDTH * zoom.shape[0] / zoom.shape[1])), ZOOM_WIDTH
+        size = max(1, round(ZOOM_WIDTH * edge.shape[0] / edge.shape[1])), ZOOM_WIDTH
         zoom = with_edge(resize(zoom, *size), resize(edge, *size) > 0.5, 2)
-        stem = Path(sample.Index).stem
-        _write_jpeg(folder / f"{stem}_zoom.jpg", zoom)
-        _write_jpeg(folder / f"{stem}.jpg", with_edge(image, true, 1))
+        stem = Path(name).stem
+        for part, shown in (("_zoom", zoom), ("", with_edge(image, true, 1))):
+            with atomic(folder / f"{stem}{part}.jpg") as file:
+                file.write(simplejpeg.encode_jpeg(shown, quality=80))
 
 
-def _samples(competition: Competition, names: Iterable[str]) -> Iterator[Any]:
-    """Rows of the competition's samples, with the image's name as Index."""
-    return competition.samples.set_index("img").loc[list(names)].itertuples()
-
-
-def _write_jpeg(path: Path, image: np.ndarray) -> None:
-    with atomic(path) as file:
-        file.write(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=80))
+def _painted(
+    competition: Competition, predicted: Masks, names: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Each name, its full-size image with errors painted on it, its true mask, and where the prediction is wrong."""
+    for sample in competition.samples.set_index("img").loc[list(names)].itertuples():
+        name, true = str(sample.Index), mask_of(sample)
+        wrong = true != predicted[name]
+        image = read_full_image(competition.train_images, name)
+        yield name, with_errors(image, wrong & true, wrong & ~true), true, wrong
 
 
 def predicted_outlines(
@@ -161,7 +154,7 @@ def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Itera
     figure, axes = style.panels(2 * len(titles), 4, height / width, "", line=0.4)
     shares = []
     for whole, close, name, probability in zip(axes[::2], axes[1::2], titles, probabilities, strict=False):
-        image, unsure = read_full_image(images, name), (probability > UNSURE[0]) & (probability < UNSURE[1])
+        image, unsure = read_full_image(images, name), np.abs(probability - 0.5) < UNSURE
         place = densest(unsure)
         shares.append(unsure[place].sum() / max(1, unsure.sum()))
         Outlined(image, probability, style.PREDICTED_COLOUR).draw(whole, titles[name], frame=place)
@@ -174,29 +167,27 @@ def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Itera
 
 def _around(mask: np.ndarray) -> Window:
     """A window of the image's shape around a mask; all of it for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not rows.size:
-        return _window(mask.shape, (0, 0), 1)
-    share = 1.08 * max((np.ptp(rows) + 1) / mask.shape[0], (np.ptp(columns) + 1) / mask.shape[1])
-    return _window(mask.shape, ((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2), share)
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    share = 1.08 * max(height / mask.shape[0], width / mask.shape[1])
+    return _window(mask.shape, (top + height / 2, left + width / 2), share or 1)
 
 
 def densest(marked: np.ndarray, share: float = CLOSE_UP) -> Window:
     """The window, `share` of the sides of `marked` (H, W) bool, around most marked pixels."""
-    size = [max(1, round(side * share / 2)) for side in marked.shape]
+    height, width = (max(1, round(side * share / 2)) for side in marked.shape)
     density = marked.astype(np.float32)
     for _ in range(2):  # twice: what is in the middle of the window counts most
-        density = cv2.boxFilter(density, -1, size[::-1], borderType=cv2.BORDER_CONSTANT)
-    return _window(marked.shape, np.unravel_index(density.argmax(), density.shape), share)
+        density = cv2.boxFilter(density, -1, (width, height), borderType=cv2.BORDER_CONSTANT).astype(np.float32)
+    row, column = divmod(int(density.argmax()), marked.shape[1])
+    return _window(marked.shape, (row, column), share)
 
 
 def _window(shape: Iterable[int], centre: Iterable[float], share: float) -> Window:
     """`share` of an image's sides around a place, within the image."""
-    rows, columns = (_span(*side, share) for side in zip(shape, centre, strict=True))
+    sizes = [max(2, round(side * min(1, share))) for side in shape]
+    edges = [
+        min(max(0, round(middle - size / 2)), side - size)
+        for side, middle, size in zip(shape, centre, sizes, strict=True)
+    ]
+    rows, columns = (slice(first, first + size) for first, size in zip(edges, sizes, strict=True))
     return rows, columns
-
-
-def _span(side: int, middle: float, share: float) -> slice:
-    size = max(2, round(side * min(1, share)))
-    first = min(max(0, round(middle - size / 2)), side - size)
-    return slice(first, first + size)

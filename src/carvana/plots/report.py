@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from carvana.data.folds import HOLDOUT
@@ -23,7 +25,7 @@ BUDGET = 10_000_000  # bytes of figures: base64 makes them 13.3 MB, and a page i
 AS_PNG = 200_000  # charts are smaller; larger files hold images, which JPEG halves or better
 WORST = 10  # images in the table of the worst
 SCORES = ("dice", "iou", "score", "public", "private")  # numbers whose names end so get six decimals
-TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+CHARTS = {"dice": ("Dice on each fold's own cars", "logit"), "loss": ("Training loss", "log")}  # caption and scale
 CAPTIONS = {
     "dice_distribution": "Dice of all images",
     "dice_by_view": "Dice by view",
@@ -56,8 +58,7 @@ def gallery(run: Run) -> str:
     """
     by_hand = Path.cwd() != project_root()
     page = Path.cwd() if by_hand else run.notebook("04_evaluate").parent
-    tiles = _tiles(run.worst_dir, run.scores())
-    return _rendered("gallery", tiles=[tile | {"link": os.path.relpath(tile["path"], page)} for tile in tiles])
+    return _rendered("gallery", tiles=_tiles(run, page))
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -71,28 +72,21 @@ def _rendered(template: str, **values: Any) -> str:
 def _contents(run: Run, submissions_dir: Path | None) -> dict[str, Any]:
     scores, histories = run.scores() if run.has_scores else None, run.histories()
     figures, left_out, room = _figures(run.worst_dir.parent)
-    return _of_scores(run, scores, room) | {
+    timings = {name: f"{step['seconds'] / 60:.1f} minutes" for name, step in sorted(run.note("steps").items())}
+    return {
         "name": run.name,
+        "data": {} if scores is None else _data(scores),
+        "headline": [] if scores is None else list(_headline(scores)),
         "folds": [_fold_row(fold, history, scores) for fold, history in histories.items()],
-        "charts": [chart for name in ("dice", "loss") if (chart := _chart(histories, name))],
-        "colours": dict(zip(("missed", "extra", "true"), style.ERROR_LEGEND, strict=True)),
+        "charts": list(_charts(histories)),
+        "anatomy": [] if scores is None else error_shares(scores).join(style.PARTS).to_dict("records"),
+        "worst": [] if scores is None else scores.nsmallest(WORST, "dice").to_dict("records"),
+        "tiles": [] if scores is None else list(_tiles(run, run.folder, room)),
+        "legend": style.ERROR_LEGEND,
         "figures": figures,
         "left_out": left_out,
         "results": [*_tables(run, "submission"), *_tables(run, "ensemble"), *_ledger(run, submissions_dir)],
-        "facts": [*_tables(run, "run"), *_timings(run)],
-    }
-
-
-def _of_scores(run: Run, scores: pd.DataFrame | None, room: int) -> dict[str, Any]:
-    """What the page says of scores, nothing where there are none; room: bytes that full-size images may take."""
-    if scores is None:
-        return {name: [] for name in ("data", "headline", "anatomy", "worst", "tiles")}
-    return {
-        "data": list(_data(scores)),
-        "headline": list(_headline(scores)),
-        "anatomy": _anatomy(scores),
-        "worst": scores.nsmallest(WORST, "dice").to_dict("records"),
-        "tiles": _with_full_size(_tiles(run.worst_dir, scores), room),
+        "facts": [*_tables(run, "run"), *([("timings", timings)] if timings else [])],
     }
 
 
@@ -105,28 +99,22 @@ def _headline(scores: pd.DataFrame) -> Iterator[dict[str, Any]]:
             yield {"label": label, "images": len(rows), "cars": rows["car"].nunique()} | means
 
 
-def _data(scores: pd.DataFrame) -> Iterator[tuple[str, str]]:
-    folds, unseen = scores.groupby("fold")["img"].size().drop(HOLDOUT, errors="ignore"), scores["fold"] == HOLDOUT
-    yield "images scored", f"{len(scores)} of {scores['car'].nunique()} cars in {scores['view'].nunique()} views"
-    yield "images a fold", ", ".join(map(str, folds)) or "none"
-    yield "held out, seen by no fold", f"{unseen.sum()} images of {scores.loc[unseen, 'car'].nunique()} cars"
-    yield (
-        "car in the image",
-        f"{scores['area'].mean():.1%}, from {scores['area'].min():.1%} to {scores['area'].max():.1%}",
-    )
-    yield "masks that every network contradicts", f"{(scores['disputed'] > 0).sum()}, listed in quality.csv"
-
-
-def _timings(run: Run) -> list[dict[str, Any]]:
-    rows = [(name, f"{step['seconds'] / 60:.1f} minutes") for name, step in sorted(run.note("steps").items())]
-    return [{"title": "timings", "rows": rows}] if rows else []
+def _data(scores: pd.DataFrame) -> dict[str, str]:
+    folds, unseen = scores["fold"].value_counts().sort_index(), scores[scores["fold"] == HOLDOUT]
+    mean, least, most = (f"{scores['area'].agg(kind):.1%}" for kind in ("mean", "min", "max"))
+    return {
+        "images scored": f"{len(scores)} of {scores['car'].nunique()} cars in {scores['view'].nunique()} views",
+        "images a fold": ", ".join(map(str, folds.drop(HOLDOUT, errors="ignore"))) or "none",
+        "held out, seen by no fold": f"{len(unseen)} images of {unseen['car'].nunique()} cars",
+        "car in the image": f"{mean}, from {least} to {most}",
+        "masks that every network contradicts": f"{(scores['disputed'] > 0).sum()}, listed in quality.csv",
+    }
 
 
 def _fold_row(fold: str, history: pd.DataFrame, scores: pd.DataFrame | None) -> dict[str, Any]:
-    best = history.loc[history["dice"].idxmax()]
-    row = {"fold": fold, "colour": _colour(fold), "untrained": history["dice"].iloc[0], "epoch": int(best["epoch"])}
-    row |= {"epochs": int(history["epoch"].max()), "dice": best["dice"], "iou": best["iou"]}
-    row |= {"minutes": history["seconds"].max() / 60, "ensemble": None}
+    row = history.nlargest(1, "dice").iloc[0].to_dict() | {"fold": fold, "colour": _colour(fold), "ensemble": None}
+    row |= {"epochs": history["epoch"].max(), "minutes": history["seconds"].max() / 60}
+    row["untrained"] = history["dice"].iloc[0]
     if scores is not None and (of_fold := scores["fold"].astype(str) == fold.rpartition("/")[2]).any():
         row["ensemble"] = scores.loc[of_fold, "dice"].mean()
     return row
@@ -137,37 +125,21 @@ def _colour(fold: str) -> str:
     return style.fold_colour(int(number)) if number.isdigit() else style.SERIES_COLOUR
 
 
-def _chart(histories: dict[str, pd.DataFrame], name: str) -> dict[str, Any] | None:
-    """Lines of all folds in a box of 300 x 160, and the ticks of its axes; None where there is nothing to draw."""
-    measured = {fold: history.dropna(subset=[name]) for fold, history in histories.items()}
-    measured = {fold: history for fold, history in measured.items() if len(history)}
-    if not measured:
-        return None
-    bend = style.logit if name == "dice" else np.asarray
-    numbers = np.concatenate([history[name] for history in measured.values()])
-    low, high = bend(numbers).min(), bend(numbers).max()
-    reach, last = max(high - low, 1e-9), max(1, *(history["epoch"].max() for history in measured.values()))
-    lines = []
-    for fold, history in measured.items():
-        across, up = 300 * history["epoch"] / last, 160 - 160 * (bend(history[name]) - low) / reach
-        points = [f"{x:.1f} {y:.1f}" for x, y in zip(across, up, strict=True)]
-        lines.append({"fold": fold, "colour": _colour(fold), "points": points})
-    ticks = [tick for tick in TICKS if numbers.min() <= tick <= numbers.max()] if name == "dice" else []
-    ticks = ticks if len(ticks) > 1 else sorted({numbers.min(), numbers.max()})
-    heights: list[tuple[float, str]] = []
-    for tick in reversed(ticks):
-        height = 160 - 160 * (bend([tick])[0] - low) / reach
-        if not heights or height > heights[-1][0] + 13:  # lower than the one before by a line of text
-            heights.append((height, f"{tick:.4g}"))
-    label = "Dice on each fold's own cars" if name == "dice" else "training loss"
-    return {"label": label, "lines": lines, "ticks": heights, "last": int(last)}
-
-
-def _anatomy(scores: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {"text": text, "pixels": part.pixels, "share": part.share, "colour": style.PART_COLOURS[part.Index]}
-        for part, text in zip(error_shares(scores).itertuples(), style.PART_TEXTS.values(), strict=True)
-    ]
+def _charts(histories: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
+    """The columns CHARTS of all histories against epochs, a line a fold; columns without numbers are left out."""
+    for column, (caption, scale) in CHARTS.items():
+        figure, (ax,) = style.charts(1, 1, 2.7)
+        figure.set_figwidth(style.PAGE_WIDTH / 2)
+        for fold, history in histories.items():
+            rows = history.dropna(subset=[column])
+            ax.plot(rows["epoch"], style.inside(rows[column], scale), "o-", color=_colour(fold), markersize=4)
+        if np.isfinite(ax.dataLim.intervaly).all():
+            style.label(ax, "", "epoch")
+            style.scale(ax, "y", scale)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg")
+            yield {"caption": caption, "address": _address("svg+xml", buffer.getvalue())}
 
 
 def _figures(folder: Path) -> tuple[list[dict[str, str]], list[str], int]:
@@ -188,28 +160,25 @@ def _address(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _tiles(folder: Path, scores: pd.DataFrame) -> list[dict[str, Any]]:
-    """Images of overlays.save_errors, worst first: img, dice, zoom (a data address), path (of the full size)."""
-    tiles = []
-    for row in scores.sort_values("dice").itertuples():
-        path = folder / f"{Path(row.img).stem}.jpg"
+def _tiles(run: Run, page: Path, room: int = 0) -> Iterator[dict[str, Any]]:
+    """Images of overlays.save_errors, worst first: img, dice, zoom and full (data addresses) and link.
+
+    As many full sizes as `room` bytes hold are on the page, full is None for the others; they are linked as files.
+    page: folder that links start from.
+    """
+    tiles: list[dict[str, Any]] = []
+    for img, dice in run.scores().sort_values("dice")[["img", "dice"]].to_numpy():
+        path = run.worst_dir / f"{Path(img).stem}.jpg"
         if path.exists():
-            zoom = _address("jpeg", path.with_name(f"{path.stem}_zoom.jpg").read_bytes())
-            tiles.append({"img": row.img, "dice": row.dice, "zoom": zoom, "path": path})
-    return tiles
-
-
-def _with_full_size(tiles: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
-    """Tiles that link to their own full size on the page, those that `room` bytes hold; the others to their file."""
-    room -= sum(len(tile["zoom"]) * 3 // 4 for tile in tiles)
-    linked = []
+            zoom = path.with_name(f"{path.stem}_zoom.jpg").read_bytes()
+            room -= len(zoom)
+            tiles.append({"img": img, "dice": dice, "path": path, "zoom": _address("jpeg", zoom)})
     for number, tile in enumerate(tiles, 1):
-        data = tile["path"].read_bytes()
-        fits = len(data) <= room
-        room -= len(data) if fits else 0
-        link = f"#worst-{number}" if fits else f"figures/worst/{tile['path'].name}"
-        linked.append(tile | {"link": link, "full": _address("jpeg", data) if fits else None})
-    return linked
+        path = tile["path"]
+        fits = path.stat().st_size <= room
+        room -= fits * path.stat().st_size
+        link = f"#worst-{number}" if fits else quote(Path(os.path.relpath(path, page)).as_posix())
+        yield tile | {"full": _address("jpeg", path.read_bytes()) if fits else None, "link": link}
 
 
 def compact(path: Path) -> tuple[str, bytes]:
@@ -222,33 +191,28 @@ def compact(path: Path) -> tuple[str, bytes]:
     return ("jpeg", smaller.getvalue()) if smaller.tell() < len(data) else ("png", data)
 
 
-def _tables(run: Run, name: str) -> Iterator[dict[str, Any]]:
-    """Tables of names and texts from a JSON file of the run: one for plain values, one for each group of values."""
+def _tables(run: Run, name: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Titles and rows of tables from a JSON file of the run: one for plain values, one for each group of values."""
     note = run.note(name)
-    plain = {key: value for key, value in note.items() if not isinstance(value, dict)}
-    groups = {name: plain} | {key: value for key, value in note.items() if isinstance(value, dict)}
-    yield from ({"title": title, "rows": list(_rows(group))} for title, group in groups.items() if group)
-
-
-def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as lines: `a.b` and a text; lists of plain values in one line."""
-    items = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
-    if not items or (isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)):
-        yield name, ", ".join(map(str, value)) if isinstance(value, list) else _text(name, value)
-        return
-    for key, item in items:
-        yield from _rows(item, f"{name}.{key}" if name else str(key))
+    groups = {key: value for key, value in note.items() if isinstance(value, dict)}
+    for title, group in ({name: {key: note[key] for key in note if key not in groups}} | groups).items():
+        if group:
+            yield title, {key: _text(key, value) for key, value in group.items()}
 
 
 def _text(name: str, value: Any) -> str:
+    """A value in one line, scores with six decimals."""
+    if isinstance(value, list):
+        return ", ".join(_text(name, item) for item in value)
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_text(key, item)}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:.6f}" if name.lower().endswith(SCORES) else f"{value:.6g}"
     return "" if value is None else str(value)
 
 
-def _ledger(run: Run, submissions_dir: Path | None) -> list[dict[str, Any]]:
+def _ledger(run: Run, submissions_dir: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The ledger's rows that name this run or its file, one table each."""
-    names = {run.name, f"{run.name}.csv.gz"}
-    rows = ledger_rows(submissions_dir / "ledger.csv") if submissions_dir else []
-    rows = [row for row in rows if names & {Path(cell).name for cell in row.values() if isinstance(cell, str)}]
-    return [{"title": "ledger", "rows": list(row.items())} for row in rows]
+    for row in ledger_rows(submissions_dir / "ledger.csv") if submissions_dir else []:
+        if run.name in (row.get("run"), Path(str(row.get("file"))).name.removesuffix(".csv.gz")):
+            yield "ledger", row

@@ -15,13 +15,13 @@ def dice_distribution(scores: pd.DataFrame) -> Figure:
     """Dice of all images."""
     figure, (ax,) = style.charts(1, 1, 3.2)
     dices, middle, tail = style.inside(scores["dice"]), scores["dice"].median(), scores["dice"].quantile(0.05)
-    logits = style.logit(dices)
+    logits = np.log(dices / (1 - dices))
     edges = np.linspace(logits.min() - 0.05, logits.max() + 0.05, min(41, 6 + len(dices) // 8))
-    ax.hist(dices, bins=1 / (1 + np.exp(-edges)), color=style.PREDICTED_COLOUR, edgecolor="white")
+    ax.hist(dices, bins=(1 / (1 + np.exp(-edges))).tolist(), color=style.PREDICTED_COLOUR, edgecolor="white")
     ax.axvline(style.inside([middle])[0], color=style.HIGHLIGHT_COLOUR, linewidth=2)
     title = f"Half of the images reach {middle:.6f}, one in twenty stays below {tail:.6f}"
     style.label(ax, title, "Dice of an image (logit scale)", "images")
-    style.logit_axis(ax, "x", dices)
+    style.scale(ax, "x", "logit")
     return figure
 
 
@@ -31,29 +31,27 @@ def dice_by_view(scores: pd.DataFrame) -> Figure:
     views = scores.groupby("view")
     intervals = pd.DataFrame([mean_over_cars(rows["dice"], rows["car"]) for _, rows in views], index=list(views.groups))
     means = intervals["mean"]
-    worst, best = means.idxmin(), means.idxmax()
-    reach = [means - intervals["low"], intervals["high"] - means]
-    ax.errorbar(range(len(means)), means, reach, **style.DOTS)
+    ax.errorbar(range(len(means)), means, _reach(intervals, "mean"), **style.DOTS)
     ax.set_xticks(range(len(means)), list(means.index))
-    title = f"Hardest is view {worst} with {means[worst]:.6f}, easiest view {best} with {means[best]:.6f}"
+    (worst, least), (best, most) = style.ends(means)
+    title = f"Hardest is view {worst} with {least:.6f}, easiest view {best} with {most:.6f}"
     style.label(ax, title, "view", "mean Dice, 95 % interval over cars")
     return figure
 
 
-def dice_by_car(scores: pd.DataFrame, named: int = 5) -> Figure:
-    """Mean Dice of every car, sorted, the worst `named` (at most a third of all) by name."""
+def dice_by_car(scores: pd.DataFrame) -> Figure:
+    """Mean Dice of every car, sorted, the worst (at most a third of all) by name."""
     figure, (ax,) = style.charts(1, 1, 3.8)
     cars = scores.groupby("car")["dice"].mean().sort_values()
-    worst = cars.head(max(1, min(named, len(cars) // 3)))
+    worst = cars.head(max(1, min(style.NAMED, len(cars) // 3)))
     dices, at = style.inside(cars), np.arange(1, len(cars) + 1)
     ax.plot(at, dices, "o", color=style.PREDICTED_COLOUR, markersize=5)
     ax.plot(at[: len(worst)], dices[: len(worst)], "o", color=style.HIGHLIGHT_COLOUR, markersize=7)
-    look = {"transform": ax.transAxes, "ha": "right", "fontsize": style.FONT_SIZE - 1, "family": "monospace"}
-    ax.text(0.98, 0.06, "\n".join(f"{car}  {dice:.6f}" for car, dice in worst.items()), **look)
+    style.note(ax, [f"{car}  {dice:.6f}" for car, dice in worst.items()], 0.98, 0.06)
     share = (1 - worst).sum() / max((1 - cars).sum(), 1e-12)
     title = f"{share:.0%} of all lost Dice is lost on the worst {len(worst)} of {len(cars)} cars"
     style.label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)")
-    style.logit_axis(ax, "y", dices)
+    style.scale(ax, "y", "logit")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -61,8 +59,8 @@ def dice_by_car(scores: pd.DataFrame, named: int = 5) -> Figure:
 def error_parts(scores: pd.DataFrame) -> Figure:
     """What the wrong pixels are made of, by distance from the true edge."""
     figure, (ax,) = style.charts(1, 1, 3)
-    parts = error_shares(scores)
-    bars = ax.barh(list(style.PART_TEXTS.values()), parts["share"], color=list(style.PART_COLOURS.values()))
+    parts = error_shares(scores).join(style.PARTS)
+    bars = ax.barh(parts["text"], parts["share"], color=parts["colour"])
     texts = [f"{part.share:.1%}, {part.pixels:,.0f} pixels an image" for part in parts.itertuples()]
     ax.bar_label(bars, texts, fontsize=style.FONT_SIZE - 1, padding=3)
     ax.set_xlim(0, max(parts["share"].max(), 0.01) * 1.45)
@@ -96,9 +94,9 @@ def variant_text(variant: str) -> str:
     return texts.get(variant, f"{subject} alone")
 
 
-def _reach(table: pd.DataFrame) -> list[pd.Series]:
-    """Lengths of the error bars to both sides of the gain."""
-    return [table["gain"] - table["low"], table["high"] - table["gain"]]
+def _reach(table: pd.DataFrame, middle: str = "gain") -> list[pd.Series]:
+    """Lengths of the error bars to both sides of the column `middle`."""
+    return [table[middle] - table["low"], table["high"] - table[middle]]
 
 
 def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float) -> Figure:
@@ -109,11 +107,11 @@ def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float)
     counts = scores["view"].value_counts()
     means = {view: sums / counts[view] for view, sums in sorted(maps.items())}
     wrong = {view: mean[:2].sum(0) for view, mean in means.items()}
-    most = max(wrong, key=lambda view: wrong[view].mean())
-    top = max(0.01, np.quantile(np.stack(list(wrong.values())), 0.998))
-    text = f"View {most} has most wrong pixels, {wrong[most].mean():.2%} of the image"
+    every = np.stack(list(wrong.values()))
+    (_, height, width), top = every.shape, max(0.01, np.quantile(every, 0.998))
+    _, (view, most) = style.ends(pd.Series(every.mean((1, 2)), list(wrong)))
+    text = f"View {view} has most wrong pixels, {most:.2%} of the image"
     figure, axes = style.panels(len(means), 4, aspect, text, foot=0.3)
-    height, width = wrong[most].shape
     for ax, (view, mean) in zip(axes, means.items(), strict=False):
         ax.imshow(_inked(mean[:2] / top), aspect=aspect * width / height)
         if mean[2].min() < 0.5 < mean[2].max():
@@ -135,7 +133,7 @@ def dice_by_threshold(table: pd.DataFrame) -> Figure:
     """What other thresholds gain over 0.5, with paired 95 % intervals; table of evaluation.by_threshold."""
     figure, (ax,) = style.charts(1, 1, 3.4)
     ax.errorbar(table["threshold"], table["gain"], _reach(table), **style.DOTS)
-    best = table.loc[table["gain"].idxmax()]
+    best = table.nlargest(1, "gain").iloc[0]
     ax.plot(best["threshold"], best["gain"], "o", color=style.HIGHLIGHT_COLOUR, markersize=9)
     ax.axhline(0, color="black", linewidth=1)
     ax.set_xticks(table["threshold"])

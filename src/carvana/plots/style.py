@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -26,17 +27,22 @@ FOLD_COLOURS = "#332288", "#88CCEE", "#999933", "#882255", "#DDCC77", "#AA4499",
 HOLDOUT_COLOUR = "#A3A3A3"  # cars that no fold sees
 PAGE_WIDTH, DPI = 9.5, 110  # inches, and dots an inch: 1045 pixels, the width of a notebook's page
 FONT_SIZE = 10.5  # points
+NAMED = 5  # cars that a list names
 
 ERROR_TEXTS = {"#D55E00": "car missed", "#0072B2": "background taken for car"}  # false negatives, then false positives
 EDGE_TEXTS = "1 pixel from the true edge", "2 to 3 pixels from it", "4 to 10 pixels from it"
-PART_COLOURS = dict(zip(ERROR_PARTS, [*EDGE_COLOURS, *ERROR_TEXTS], strict=True))
-PART_TEXTS = dict(zip(ERROR_PARTS, [*EDGE_TEXTS, *(f"farther: {t}" for t in ERROR_TEXTS.values())], strict=True))
+PART_TEXTS = [*EDGE_TEXTS, *(f"farther: {text}" for text in ERROR_TEXTS.values())]
+PARTS = pd.DataFrame({"text": PART_TEXTS, "colour": [*EDGE_COLOURS, *ERROR_TEXTS]}, index=list(ERROR_PARTS))
 ERROR_LEGEND = ERROR_TEXTS | {TRUE_COLOUR: "true edge"}
 
 DOTS: dict[str, Any] = {  # of matplotlib's errorbar
     "fmt": "o", "color": PREDICTED_COLOUR, "ecolor": SERIES_COLOUR, "capsize": 3, "markersize": 6,
 }  # fmt: skip
-ROUND_SCORES = 0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995  # to label axes with
+LIMITS = {"logit": (1e-3, 1 - 1e-5), "log": (1e-9, None)}  # of the numbers that a scale can show
+ROUND = {  # numbers to label an axis with, by its scale
+    "logit": [0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995],
+    "log": [digit * 10.0**power for power in range(-6, 6) for digit in (1, 2, 5)],
+}
 
 
 class Page(Figure):
@@ -107,31 +113,36 @@ def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "") -> None:
         getattr(ax, f"{letter}axis").set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
 
 
-def logit_axis(ax: Axes, letter: str, scores: np.ndarray) -> None:
-    """Make the axis "x" or "y" a logit scale, which leaves room for 0.99 and for 0.999, labelled with plain scores.
+def note(ax: Axes, lines: Iterable[str], x: float, y: float) -> None:
+    """Lines of figures in a corner; x, y: shares of the axes' width and height, from the lower left."""
+    look: dict[str, Any] = {"ha": "left" if x < 0.5 else "right", "va": "bottom" if y < 0.5 else "top"}
+    ax.text(x, y, "\n".join(lines), transform=ax.transAxes, fontsize=FONT_SIZE - 1, family="monospace", **look)
 
-    scores: what is drawn on it, from `inside`.
+
+def scale(ax: Axes, letter: str, kind: str) -> None:
+    """Scale the axis "x" or "y", on which all is drawn that will be, and label it with plain numbers.
+
+    kind: "log", or "logit", which leaves room for 0.99 and for 0.999.
     """
-    low, high = scores.min(), scores.max()
-    ticks = [tick for tick in ROUND_SCORES if low <= tick <= high]
+    low, high = getattr(ax.dataLim, f"interval{letter}")
+    ticks = [tick for tick in ROUND[kind] if low <= tick <= high]
     if len(ticks) < 4:
-        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if 0 < tick < 1]
-    ax.set(**{f"{letter}scale": "logit"})
+        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if tick > 0 and (tick < 1 or kind == "log")]
+    ax.set(**{f"{letter}scale": kind})
     axis = getattr(ax, f"{letter}axis")
     axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 8)]))
-    axis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:.4g}"))
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.4g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def inside(scores: Iterable[float]) -> np.ndarray:
-    """Scores as a logit scale can show them: strictly between 0 and 1."""
-    return np.clip(np.asarray(scores, dtype=float), 1e-3, 1 - 1e-5)
+def ends(numbers: pd.Series) -> tuple[tuple[Any, float], tuple[Any, float]]:
+    """Label and value of the smallest and of the largest number."""
+    return (numbers.idxmin(), numbers.min()), (numbers.idxmax(), numbers.max())
 
 
-def logit(scores: Iterable[float]) -> np.ndarray:
-    """Where a logit scale shows scores, 0 and 1 included."""
-    clipped = inside(scores)
-    return np.log(clipped / (1 - clipped))
+def inside(numbers: Iterable[float], kind: str = "logit") -> np.ndarray:
+    """Numbers as a scale can show them."""
+    return np.clip(np.array([*numbers], dtype=float), *LIMITS[kind])
 
 
 def colour_legend(figure: Figure, texts: dict[str, str], title: str = "") -> None:

@@ -16,7 +16,7 @@ from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from carvana.plots import style
 from carvana.plots.overlays import Outlined, densest, edge_pixels
@@ -70,15 +70,15 @@ class LiveDisplay(io.TextIOBase):
 
     def _show(self, name: str, output: Any, **options: Any) -> None:
         if name in self.outputs:
-            self.outputs[name].update(output, **options)
+            self.outputs[name].update(output, **options)  # type: ignore[no-untyped-call]
         else:
-            self.outputs[name] = display(output, display_id=True, **options)
+            self.outputs[name] = display(output, display_id=True, **options)  # type: ignore[no-untyped-call]
 
 
 def training_curves(trainer: Trainer) -> Figure:
     """Loss of every step, Dice of every validation, learning rate and speed of every epoch of a fold."""
     history, epochs = trainer.run.history(trainer.fold), snapshot_epochs(trainer.folder)
-    snapshots = [read_snapshot(trainer.folder, epoch) for epoch in epochs]
+    snapshots = [read_snapshot(trainer.folder, epoch, with_logits=False) for epoch in epochs]
     figure, (loss, dice, rate, pace) = style.charts(2, 2, 5.6)
     _draw_losses(loss, {epoch: snapshot.losses for epoch, snapshot in zip(epochs, snapshots, strict=True)})
     _draw_dice(dice, history)
@@ -99,24 +99,24 @@ def _draw_losses(ax: Axes, losses: dict[int, np.ndarray]) -> None:
         ax.plot(at, steps, color=style.SERIES_COLOUR, alpha=0.3, linewidth=1)
     means = [steps.mean() for steps in losses.values()]
     ax.plot([epoch - 0.5 for epoch in losses], means, "o-", color=style.SERIES_COLOUR, markersize=4)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:.3g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    title = f"Mean loss falls from {means[0]:.4f} to {means[-1]:.4f}" if means else "No loss yet"
+    title = "No loss yet"
+    if losses:
+        style.scale(ax, "y", "log")
+        title = f"Mean loss goes from {means[0]:.4f} to {means[-1]:.4f}"
     style.label(ax, title, "epoch", "training loss (log scale)")
 
 
 def _draw_dice(ax: Axes, history: pd.DataFrame) -> None:
-    best, dices, colour = history.loc[history["dice"].idxmax()], style.inside(history["dice"]), style.PREDICTED_COLOUR
+    best = history.nlargest(1, "dice").iloc[0]
+    dices, colour = style.inside(history["dice"]), style.PREDICTED_COLOUR
     ax.plot(history["epoch"], dices, "o-", color=colour, markersize=4)
     ax.plot(history["epoch"][:1], dices[:1], "o", color="white", markeredgecolor=colour, label="untrained")
     text = f"best, epoch {best['epoch']:g}"
     ax.axvline(best["epoch"], color=style.HIGHLIGHT_COLOUR, linewidth=2, zorder=0, label=text)
-    ax.legend(fontsize=style.FONT_SIZE - 1.5, loc="lower right")
+    ax.legend(fontsize=style.FONT_SIZE - 1.5)
     title = f"Best Dice {best['dice']:.6f}, untrained {history['dice'].iloc[0]:.6f}"
     style.label(ax, title, "epoch", "mean Dice (logit scale)")
-    style.logit_axis(ax, "y", dices)
+    style.scale(ax, "y", "logit")
 
 
 def _draw_speed(ax: Axes, epochs: list[int], speeds: list[float]) -> None:
@@ -135,14 +135,15 @@ def edge_strip(trainer: Trainer) -> Figure:
     height, width = logits[epochs[0]].shape[1:]
     figure, axes = style.panels(len(rows) * (len(epochs) + 1), len(epochs) + 1, height / width, "", foot=0.6)
     wrong = []  # shares of pixels: a row an image, a column an epoch
-    for i, (row, line) in enumerate(zip(rows, np.reshape(axes, (len(rows), -1)), strict=True)):
+    for i, row in enumerate(rows):
+        line = axes[i * (len(epochs) + 1) :]
         image, target = trainer.source[row]
         window = densest(edge_pixels(target > 127), STRIP_SHARE)
         soft = target[window] / 255
         Outlined(image[window], soft).draw(line[0], trainer.samples["img"].iloc[row].partition(".")[0])
         probabilities = [1 / (1 + np.exp(-logits[epoch][i][window])) for epoch in epochs]
         wrong.append([np.mean((probability > 0.5) != (soft > 0.5)) for probability in probabilities])
-        for ax, epoch, probability in zip(line[1:], epochs, probabilities, strict=True):
+        for ax, epoch, probability in zip(line[1:], epochs, probabilities, strict=False):
             Outlined(probability, soft).draw(ax, f"epoch {epoch}" if epoch else "untrained")
     first, last = np.mean(wrong, axis=0)[[0, -1]]
     text = f"Around hard edges {first:.1%} of pixels are wrong at epoch {epochs[0]}, {last:.1%} at epoch {epochs[-1]}"

@@ -169,11 +169,11 @@ def write_snapshot(folder: Path, epoch: int, snapshot: Snapshot) -> None:
         np.savez_compressed(file, **snapshot._replace(logits=logits)._asdict())
 
 
-def read_snapshot(folder: Path, epoch: int) -> Snapshot:
-    """The snapshot of an epoch that `snapshot_epochs` names."""
+def read_snapshot(folder: Path, epoch: int, with_logits: bool = True) -> Snapshot:
+    """The snapshot of an epoch that `snapshot_epochs` names; without logits, which take most of the time, if wanted."""
     with np.load(_snapshot_path(folder, epoch)) as kept:
-        losses, lr, speed, logits = (kept[name] for name in Snapshot._fields)
-    return Snapshot(losses, float(lr), float(speed), logits / LOGIT_STEPS)
+        logits = kept["logits"] / LOGIT_STEPS if with_logits else np.empty(0)
+        return Snapshot(kept["losses"], float(kept["lr"]), float(kept["speed"]), logits)
 
 
 def snapshot_epochs(folder: Path) -> list[int]:
