@@ -91,9 +91,10 @@ def test_areas_by_make_joins_rare_makes_and_keeps_cars_without_one():
     makes = pd.Series({"a": "Audi", "b": "Audi", "c": "BMW", "d": "", "z": "Ford"})  # e is in no table
     (ax,) = draw(plots.areas_by_make(samples, makes, count=1)).axes
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["Audi (2)", "other makes (1)", "unknown (2)"]
-    assert title(ax) == "Makes go from Audi (5.1%) to Audi (5.1%), cars from 4.2% to 37.5%"  # 122 of 2400 pixels
+    text = "Cars cover from 4.2% to 37.5% of the image"
+    assert title(ax) == f"{text}, makes from 5.1% (Audi) to 5.1% (Audi)"  # 122 of 2400 pixels
     (ax,) = draw(plots.areas_by_make(samples, makes[:0])).axes
-    assert (title(ax), ax.get_yticklabels()[0].get_text()) == ("Cars go from 4.2% to 37.5%", "unknown (5)")
+    assert (title(ax), ax.get_yticklabels()[0].get_text()) == (text, "unknown (5)")
 
 
 def test_contrast_is_the_distance_of_a_cars_colour_from_the_backgrounds(tmp_path):

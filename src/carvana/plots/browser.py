@@ -1,6 +1,7 @@
 """Look at any training image in Jupyter: image, mask, probability and difference of any run, worst first."""
 
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Browser(VBox):  # type: ignore[misc]  # ipywidgets has no types
         image, true, probability = self.full_image(sample["img"]), mask_of(sample), None
         if self.zoom.value or layers & {"probability", "difference"}:
             probability = self.probability(self.run.value, sample["img"], sample["fold"])
-        self.caption.value = _told(sample, true, probability)
+        self.caption.value = caption(sample, true, probability)
         if self.zoom.value and probability is not None:
             window = densest(true != (probability > 0.5))
             image, true, probability = (np.ascontiguousarray(array[window]) for array in (image, true, probability))
@@ -125,9 +126,11 @@ class Browser(VBox):  # type: ignore[misc]  # ipywidgets has no types
         return unseeing_ensemble([run], fold, run.note("ensemble").get("views", ["none"]))
 
 
-def _told(sample: pd.Series, true: np.ndarray, probability: np.ndarray | None) -> str:
+def caption(sample: pd.Series, true: np.ndarray, probability: np.ndarray | None) -> str:
+    """HTML about the image that is shown: whose network, how good, what colours mean."""
     network = "all folds, as it is held out" if sample["fold"] == HOLDOUT else f"fold {sample['fold']}"
-    parts = [f"<b>{sample['img']}</b>, by the network of {network}, which has not seen this car"]
+    name = f"<b><code>{escape(sample['img'])}</code></b>"  # nobody looks for formulas in code
+    parts = [f"{name}, by the network of {network}, which has not seen this car"]
     if not np.isnan(sample["dice"]):
         parts.append(f"Dice {sample['dice']:.6f} in scores.csv")
     if probability is not None:

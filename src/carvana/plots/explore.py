@@ -55,12 +55,10 @@ def areas_by_make(samples: pd.DataFrame, makes: pd.Series, count: int = 14) -> F
     means = cars.groupby(make).mean().sort_values()
     colours = {name: style.TRUE_COLOUR for name in means.index if name in common}
     colours |= {name: style.SERIES_COLOUR for name in ("other makes", "unknown") if name in means}
-    title = f"Cars go from {cars.min():.1%} to {cars.max():.1%}"
+    title = f"Cars cover from {cars.min():.1%} to {cars.max():.1%} of the image"
     if len(common):
         (low, least), (high, most) = style.ends(means[common])
-        title = (
-            f"Makes go from {low} ({least:.1%}) to {high} ({most:.1%}), cars from {cars.min():.1%} to {cars.max():.1%}"
-        )
+        title += f", makes from {least:.1%} ({low}) to {most:.1%} ({high})"
     return _strips(cars, make, colours, title)
 
 

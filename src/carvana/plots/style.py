@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from carvana.data.folds import HOLDOUT
@@ -47,6 +49,12 @@ ROUND = {  # numbers to label an axis with, by its scale
 
 class Page(Figure):
     """A figure that a notebook shows where it is the last line of a cell, without pyplot's global state."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw every text as it is written: `$x$` in a car's name is no formula."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
