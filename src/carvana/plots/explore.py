@@ -32,15 +32,14 @@ def turntable(images: Archive, samples: pd.DataFrame, car: str) -> Figure:
 
 def areas(samples: pd.DataFrame) -> Figure:
     """Share of the image that is car: a box for every view."""
-    figure, (ax,) = style.charts(1, 1, 3.8)
+    ax = style.chart(3.8)
     views = samples.groupby("view")["area"]
     look: dict[str, Any] = {"boxprops": {"facecolor": style.TRUE_COLOUR, "alpha": 0.5}, "flierprops": {"markersize": 3}}
     ax.boxplot([area for _, area in views], widths=0.6, patch_artist=True, medianprops={"color": "black"}, **look)
     ax.set_xticks(range(1, len(views) + 1), list(map(str, views.groups)))
     (low, least), (high, most) = style.ends(views.median())
     title = f"View {high} shows most car ({most:.1%}), view {low} least ({least:.1%})"
-    style.label(ax, title, "view", "area of the mask (share of the image)", percent="y")
-    return figure
+    return style.label(ax, title, "view", "area of the mask (share of the image)", percent="y")
 
 
 def areas_by_make(samples: pd.DataFrame, makes: pd.Series, count: int = 14) -> Figure:
@@ -64,14 +63,13 @@ def areas_by_make(samples: pd.DataFrame, makes: pd.Series, count: int = 14) -> F
 
 def _strips(cars: pd.Series, groups: pd.Series, colours: dict[str, str], title: str) -> Figure:
     """Mean areas by car, a dot each, in a strip a group; colours: by group, from below."""
-    figure, (ax,) = style.charts(1, 1, 1.3 + 0.26 * len(colours))
+    ax = style.chart(1.3 + 0.26 * len(colours))
     for at, (name, colour) in enumerate(colours.items()):
         areas = cars[groups == name].sort_values()
         ax.plot(areas, at + np.linspace(-0.3, 0.3, len(areas) + 2)[1:-1], "o", markersize=4, alpha=0.6, color=colour)
         ax.vlines(areas.mean(), at - 0.35, at + 0.35, color="black", linewidth=1.5)
     ax.set_yticks(range(len(colours)), [f"{name} ({(groups == name).sum()})" for name in colours])
-    style.label(ax, title, "a car's mean area (share of the image); line: their mean", percent="x")
-    return figure
+    return style.label(ax, title, "a car's mean area (share of the image); line: their mean", percent="x")
 
 
 def mean_mask(samples: pd.DataFrame) -> Figure:
@@ -98,7 +96,7 @@ def mean_mask(samples: pd.DataFrame) -> Figure:
 
 def contrasts(cars: pd.DataFrame) -> Figure:
     """Each car of `statistics.background_contrast` as a dot of its own colour on the background's, nearest first."""
-    figure, (ax,) = style.charts(1, 1, 3.8)
+    ax = style.chart(3.8)
     at, near = np.arange(1, len(cars) + 1), cars["contrast"] < NEAR
     ax.set_facecolor(tuple(cars[BACKGROUND_RGB].median()))
     ax.scatter(at, cars["contrast"], s=60, c=cars[CAR_RGB].to_numpy(), edgecolors="black", linewidths=0.4)
@@ -108,8 +106,7 @@ def contrasts(cars: pd.DataFrame) -> Figure:
     nearest = [f"{car}  {contrast:.1f}" for car, contrast in cars["contrast"].head(style.NAMED).items()]
     style.note(ax, ["nearest", *nearest], 0.02, 0.94)
     title = f"{near.sum()} of {len(cars)} cars have a colour within {NEAR} of the background's"
-    style.label(ax, title, "cars, nearest to the background's colour first", "distance from its colour (CIELAB)")
-    return figure
+    return style.label(ax, title, "cars, nearest to the background's colour first", "distance from its colour (CIELAB)")
 
 
 def odd_masks(images: Archive, samples: pd.DataFrame, odd: pd.DataFrame) -> Figure:
@@ -144,7 +141,7 @@ def fold_balance(samples: pd.DataFrame, folds: pd.DataFrame) -> Figure:
 
 def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
     """Predicted areas of test images against areas of training masks; `area` of both tables is a share."""
-    figure, (ax,) = style.charts(1, 1, 3.2)
+    ax = style.chart(3.2)
     bins = np.linspace(0, max(test["area"].max(), train["area"].max(), 0.01), 41).tolist()
     named = {"training masks": (train, style.TRUE_COLOUR), "predicted test masks": (test, style.PREDICTED_COLOUR)}
     for text, (table, colour) in named.items():
@@ -155,5 +152,4 @@ def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
     beyond = (~test["area"].between(train["area"].min(), train["area"].max())).sum()
     middles = f"{test['area'].median():.1%} against {train['area'].median():.1%}"
     title = f"Middle area {middles} in training; {beyond} of {len(test)} outside the training range"
-    style.label(ax, title, "area of the mask (share of the image)", "share of the images", percent="xy")
-    return figure
+    return style.label(ax, title, "area of the mask (share of the image)", "share of the images", percent="xy")

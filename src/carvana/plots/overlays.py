@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -57,7 +58,7 @@ class Outlined:
 def tinted(image: np.ndarray, place: np.ndarray, colour: str, share: float = 0.75) -> np.ndarray:
     """A copy of an image (H, W, 3) uint8 that has `share` of a colour where `place`, (H, W) bool, is set."""
     image = image.copy()
-    image[place] = (1 - share) * image[place] + share * style.rgb(colour)
+    image[place] = np.round((1 - share) * image[place] + share * 255 * np.array(to_rgb(colour)))
     return image
 
 
@@ -76,8 +77,7 @@ def edge_pixels(mask: np.ndarray, thickness: int = 1) -> np.ndarray:
 
 def with_edge(image: np.ndarray, true: np.ndarray, thickness: int) -> np.ndarray:
     """An image (H, W, 3) uint8 with the edge of a mask (H, W) bool in the colour of the truth."""
-    colour = style.rgb(style.TRUE_COLOUR).round().astype(np.uint8)
-    return np.where(edge_pixels(true, thickness)[..., None], colour, image)
+    return tinted(image, edge_pixels(true, thickness), style.TRUE_COLOUR, 1)
 
 
 def error_overlays(competition: Competition, predicted: Masks, titles: Mapping[str, str]) -> Figure:
@@ -97,8 +97,7 @@ def error_overlays(competition: Competition, predicted: Masks, titles: Mapping[s
         Outlined(image, true, halo=0).draw(close, "where most is wrong", place)
     style.colour_legend(figure, style.ERROR_LEGEND)
     share, (missed, taken) = counts[0] / max(1, counts.sum()), style.ERROR_TEXTS.values()
-    style.set_title(figure, f"Of the wrong pixels {share:.0%} are {missed}, the others {taken}")
-    return figure
+    return style.set_title(figure, f"Of the wrong pixels {share:.0%} are {missed}, the others {taken}")
 
 
 def save_errors(competition: Competition, predicted: Masks, names: Iterable[str], folder: Path) -> None:
@@ -141,8 +140,7 @@ def predicted_outlines(
         mask = probability > threshold
         shares.append(mask.mean())
         Outlined(read_full_image(images, name), mask, style.PREDICTED_COLOUR).draw(ax, name, _around(mask))
-    style.set_title(figure, f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the image")
-    return figure
+    return style.set_title(figure, f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the image")
 
 
 def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Iterable[np.ndarray]) -> Figure:
@@ -161,8 +159,7 @@ def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Itera
         image = tinted(image, unsure, style.HIGHLIGHT_COLOUR, 0.6)
         Outlined(image, probability, style.PREDICTED_COLOUR).draw(close, "in orange: unsure", place)
     text = f"The frames hold {CLOSE_UP**2:.1%} of the image and {np.mean(shares):.0%} of the pixels that are unsure"
-    style.set_title(figure, text)
-    return figure
+    return style.set_title(figure, text)
 
 
 def _around(mask: np.ndarray) -> Window:
@@ -185,9 +182,6 @@ def densest(marked: np.ndarray, share: float = CLOSE_UP) -> Window:
 def _window(shape: Iterable[int], centre: Iterable[float], share: float) -> Window:
     """`share` of an image's sides around a place, within the image."""
     sizes = [max(2, round(side * min(1, share))) for side in shape]
-    edges = [
-        min(max(0, round(middle - size / 2)), side - size)
-        for side, middle, size in zip(shape, centre, sizes, strict=True)
-    ]
-    rows, columns = (slice(first, first + size) for first, size in zip(edges, sizes, strict=True))
+    firsts = [min(max(0, round(m - s / 2)), side - s) for m, s, side in zip(centre, sizes, shape, strict=True)]
+    rows, columns = (slice(first, first + size) for first, size in zip(firsts, sizes, strict=True))
     return rows, columns

@@ -57,15 +57,12 @@ def gallery(run: Run) -> str:
     Links start at the folder of the page: the run's notebooks, or where a notebook runs by hand.
     """
     by_hand = Path.cwd() != project_root()
-    page = Path.cwd() if by_hand else run.notebook("04_evaluate").parent
-    return _rendered("gallery", tiles=_tiles(run, page))
+    return _rendered("gallery", tiles=_tiles(run, Path.cwd() if by_hand else run.notebook("04_evaluate").parent))
 
 
 def _rendered(template: str, **values: Any) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template(f"{template}.html.jinja").render(**values)
 
 
@@ -112,12 +109,11 @@ def _data(scores: pd.DataFrame) -> dict[str, str]:
 
 
 def _fold_row(fold: str, history: pd.DataFrame, scores: pd.DataFrame | None) -> dict[str, Any]:
-    row = history.nlargest(1, "dice").iloc[0].to_dict() | {"fold": fold, "colour": _colour(fold), "ensemble": None}
-    row |= {"epochs": history["epoch"].max(), "minutes": history["seconds"].max() / 60}
-    row["untrained"] = history["dice"].iloc[0]
+    row = {"fold": fold, "colour": _colour(fold), "best": history.nlargest(1, "dice").iloc[0], "ensemble": None}
+    row |= {"untrained": history["dice"].iloc[0], "epochs": history["epoch"].max()}
     if scores is not None and (of_fold := scores["fold"].astype(str) == fold.rpartition("/")[2]).any():
         row["ensemble"] = scores.loc[of_fold, "dice"].mean()
-    return row
+    return row | {"minutes": history["seconds"].max() / 60}
 
 
 def _colour(fold: str) -> str:
@@ -128,16 +124,15 @@ def _colour(fold: str) -> str:
 def _charts(histories: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
     """The columns CHARTS of all histories against epochs, a line a fold; columns without numbers are left out."""
     for column, (caption, scale) in CHARTS.items():
-        figure, (ax,) = style.charts(1, 1, 2.7)
-        figure.set_figwidth(style.PAGE_WIDTH / 2)
+        ax = style.chart(2.7)
         for fold, history in histories.items():
             rows = history.dropna(subset=[column])
             ax.plot(rows["epoch"], style.inside(rows[column], scale), "o-", color=_colour(fold), markersize=4)
         if np.isfinite(ax.dataLim.intervaly).all():
-            style.label(ax, "", "epoch")
             style.scale(ax, "y", scale)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            buffer = io.BytesIO()
+            figure, buffer = style.label(ax, "", "epoch"), io.BytesIO()
+            figure.set_figwidth(style.PAGE_WIDTH / 2)
             figure.savefig(buffer, format="svg")
             yield {"caption": caption, "address": _address("svg+xml", buffer.getvalue())}
 
@@ -161,24 +156,18 @@ def _address(kind: str, data: bytes) -> str:
 
 
 def _tiles(run: Run, page: Path, room: int = 0) -> Iterator[dict[str, Any]]:
-    """Images of overlays.save_errors, worst first: img, dice, zoom and full (data addresses) and link.
+    """Images of overlays.save_errors, worst first: img, dice, zoom and full (data addresses), and link to the file.
 
-    As many full sizes as `room` bytes hold are on the page, full is None for the others; they are linked as files.
-    page: folder that links start from.
+    full is None for those that `room` bytes do not hold. page: folder that links start from.
     """
-    tiles: list[dict[str, Any]] = []
     for img, dice in run.scores().sort_values("dice")[["img", "dice"]].to_numpy():
         path = run.worst_dir / f"{Path(img).stem}.jpg"
         if path.exists():
-            zoom = path.with_name(f"{path.stem}_zoom.jpg").read_bytes()
-            room -= len(zoom)
-            tiles.append({"img": img, "dice": dice, "path": path, "zoom": _address("jpeg", zoom)})
-    for number, tile in enumerate(tiles, 1):
-        path = tile["path"]
-        fits = path.stat().st_size <= room
-        room -= fits * path.stat().st_size
-        link = f"#worst-{number}" if fits else quote(Path(os.path.relpath(path, page)).as_posix())
-        yield tile | {"full": _address("jpeg", path.read_bytes()) if fits else None, "link": link}
+            zoom, fits = path.with_name(f"{path.stem}_zoom.jpg"), path.stat().st_size <= room
+            room -= path.stat().st_size if fits else 0
+            full = _address("jpeg", path.read_bytes()) if fits else None
+            link = quote(Path(os.path.relpath(path, page)).as_posix())
+            yield {"img": img, "dice": dice, "zoom": _address("jpeg", zoom.read_bytes()), "full": full, "link": link}
 
 
 def compact(path: Path) -> tuple[str, bytes]:

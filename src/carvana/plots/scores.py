@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,21 +14,20 @@ from carvana.plots import style
 
 def dice_distribution(scores: pd.DataFrame) -> Figure:
     """Dice of all images."""
-    figure, (ax,) = style.charts(1, 1, 3.2)
+    ax = style.chart(3.2)
     dices, middle, tail = style.inside(scores["dice"]), scores["dice"].median(), scores["dice"].quantile(0.05)
     logits = np.log(dices / (1 - dices))
     edges = np.linspace(logits.min() - 0.05, logits.max() + 0.05, min(41, 6 + len(dices) // 8))
     ax.hist(dices, bins=(1 / (1 + np.exp(-edges))).tolist(), color=style.PREDICTED_COLOUR, edgecolor="white")
     ax.axvline(style.inside([middle])[0], color=style.HIGHLIGHT_COLOUR, linewidth=2)
     title = f"Half of the images reach {middle:.6f}, one in twenty stays below {tail:.6f}"
-    style.label(ax, title, "Dice of an image (logit scale)", "images")
     style.scale(ax, "x", "logit")
-    return figure
+    return style.label(ax, title, "Dice of an image (logit scale)", "images")
 
 
 def dice_by_view(scores: pd.DataFrame) -> Figure:
     """Mean Dice of every view with its 95 % interval over cars."""
-    figure, (ax,) = style.charts(1, 1, 3.4)
+    ax = style.chart(3.4)
     views = scores.groupby("view")
     intervals = pd.DataFrame([mean_over_cars(rows["dice"], rows["car"]) for _, rows in views], index=list(views.groups))
     means = intervals["mean"]
@@ -35,13 +35,12 @@ def dice_by_view(scores: pd.DataFrame) -> Figure:
     ax.set_xticks(range(len(means)), list(means.index))
     (worst, least), (best, most) = style.ends(means)
     title = f"Hardest is view {worst} with {least:.6f}, easiest view {best} with {most:.6f}"
-    style.label(ax, title, "view", "mean Dice, 95 % interval over cars")
-    return figure
+    return style.label(ax, title, "view", "mean Dice, 95 % interval over cars")
 
 
 def dice_by_car(scores: pd.DataFrame) -> Figure:
     """Mean Dice of every car, sorted, the worst (at most a third of all) by name."""
-    figure, (ax,) = style.charts(1, 1, 3.8)
+    ax = style.chart(3.8)
     cars = scores.groupby("car")["dice"].mean().sort_values()
     worst = cars.head(max(1, min(style.NAMED, len(cars) // 3)))
     dices, at = style.inside(cars), np.arange(1, len(cars) + 1)
@@ -50,15 +49,14 @@ def dice_by_car(scores: pd.DataFrame) -> Figure:
     style.note(ax, [f"{car}  {dice:.6f}" for car, dice in worst.items()], 0.98, 0.06)
     share = (1 - worst).sum() / max((1 - cars).sum(), 1e-12)
     title = f"{share:.0%} of all lost Dice is lost on the worst {len(worst)} of {len(cars)} cars"
-    style.label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)")
     style.scale(ax, "y", "logit")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return style.label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)")
 
 
 def error_parts(scores: pd.DataFrame) -> Figure:
     """What the wrong pixels are made of, by distance from the true edge."""
-    figure, (ax,) = style.charts(1, 1, 3)
+    ax = style.chart(3)
     parts = error_shares(scores).join(style.PARTS)
     bars = ax.barh(parts["text"], parts["share"], color=parts["colour"])
     texts = [f"{part.share:.1%}, {part.pixels:,.0f} pixels an image" for part in parts.itertuples()]
@@ -67,13 +65,12 @@ def error_parts(scores: pd.DataFrame) -> Figure:
     ax.invert_yaxis()
     near = parts.loc[["edge_1", "edge_3"], "share"].sum()
     title = f"{near:.0%} of the wrong pixels lie within 3 pixels of the true edge"
-    style.label(ax, title, "share of the wrong pixels", percent="x")
-    return figure
+    return style.label(ax, title, "share of the wrong pixels", percent="x")
 
 
 def gains(table: pd.DataFrame) -> Figure:
     """What the ensemble gains over each simpler variant, with paired 95 % intervals; table of evaluation.gains."""
-    figure, (ax,) = style.charts(1, 1, 1.4 + 0.4 * max(1, len(table)))
+    ax = style.chart(1.4 + 0.4 * max(1, len(table)))
     table = table.sort_values("gain", ignore_index=True)
     ax.errorbar(table["gain"], table.index, xerr=_reach(table), **style.DOTS)
     ax.set_yticks(table.index, table["variant"].map(variant_text))
@@ -81,8 +78,7 @@ def gains(table: pd.DataFrame) -> Figure:
     ax.axvline(0, color="black", linewidth=1)
     title = f"The ensemble is surely better than {(table['low'] > 0).sum()} of {len(table)} simpler variants"
     text = "mean Dice that the ensemble has more than each variant, 95 % interval over cars"
-    style.label(ax, title if len(table) else "Nothing to compare", text)
-    return figure
+    return style.label(ax, title if len(table) else "Nothing to compare", text)
 
 
 def variant_text(variant: str) -> str:
@@ -125,13 +121,13 @@ def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float)
 def _inked(shares: np.ndarray) -> np.ndarray:
     """White where nothing is wrong: shares (2, h, w) of false negatives and positives -> colours (h, w, 3) up to 1."""
     strength = np.clip(shares, 0, 1)[..., None]
-    colours = np.stack([style.rgb(colour) / 255 for colour in style.ERROR_TEXTS])
+    colours = np.array([to_rgb(colour) for colour in style.ERROR_TEXTS])
     return np.clip(1 - (strength * (1 - colours[:, None, None])).sum(0), 0, 1)
 
 
 def dice_by_threshold(table: pd.DataFrame) -> Figure:
     """What other thresholds gain over 0.5, with paired 95 % intervals; table of evaluation.by_threshold."""
-    figure, (ax,) = style.charts(1, 1, 3.4)
+    ax = style.chart(3.4)
     ax.errorbar(table["threshold"], table["gain"], _reach(table), **style.DOTS)
     best = table.nlargest(1, "gain").iloc[0]
     ax.plot(best["threshold"], best["gain"], "o", color=style.HIGHLIGHT_COLOUR, markersize=9)
@@ -139,5 +135,4 @@ def dice_by_threshold(table: pd.DataFrame) -> Figure:
     ax.set_xticks(table["threshold"])
     more = f", {best['gain']:.6f} above 0.5" if best["gain"] > 0 else ""
     title = f"Threshold {best['threshold']:g} is best with {best['dice']:.6f}{more}"
-    style.label(ax, title, "threshold (probability)", "gain in mean Dice over 0.5,\n95 % interval over cars")
-    return figure
+    return style.label(ax, title, "threshold (probability)", "gain in mean Dice over 0.5,\n95 % interval over cars")

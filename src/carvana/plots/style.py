@@ -6,13 +6,12 @@ A colour means the same thing everywhere and is safe for colour-blind eyes (afte
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Text
@@ -74,11 +73,6 @@ def fold_colour(fold: int) -> str:
     return HOLDOUT_COLOUR if fold == HOLDOUT else FOLD_COLOURS[fold % len(FOLD_COLOURS)]
 
 
-def rgb(colour: str) -> np.ndarray:
-    """Red, green and blue, (3,) from 0 to 255."""
-    return 255 * np.array(to_rgb(colour))
-
-
 def panels(count: int, columns: int, aspect: float, title: str, **inches: float) -> tuple[Page, list[Axes]]:
     """Panels for images of height / width = `aspect`.
 
@@ -95,15 +89,16 @@ def panels(count: int, columns: int, aspect: float, title: str, **inches: float)
     return figure, axes
 
 
-def set_title(figure: Figure, title: str) -> None:
-    """What the figure says, above all its panels."""
+def set_title(figure: Figure, title: str) -> Figure:
+    """Write above all panels what the figure says, and hand it back."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=FONT_SIZE + 1, fontweight="bold")
+    return figure
 
 
-def charts(rows: int, columns: int, height: float, **layout: Any) -> tuple[Page, list[Axes]]:
-    """Axes of the suite's look in a page of `height` inches; layout: of matplotlib's subplots."""
+def charts(height: float, rows: int = 1, columns: int = 1) -> tuple[Page, list[Axes]]:
+    """Axes of the suite's look in a page of `height` inches."""
     figure = Page(figsize=(PAGE_WIDTH, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=FONT_SIZE - 1)
@@ -112,13 +107,19 @@ def charts(rows: int, columns: int, height: float, **layout: Any) -> tuple[Page,
     return figure, axes
 
 
-def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "") -> None:
-    """Title and names of the axes; percent: letters of the axes that show shares."""
+def chart(height: float) -> Axes:
+    """The only axes of a page of `height` inches."""
+    return charts(height)[1][0]
+
+
+def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "") -> Figure:
+    """Write title and names of the axes, and hand back their figure; percent: letters of the axes that show shares."""
     ax.set_title(title, loc="left", fontsize=FONT_SIZE + 1, fontweight="bold")
     ax.set_xlabel(x, fontsize=FONT_SIZE)
     ax.set_ylabel(y, fontsize=FONT_SIZE)
     for letter in percent:
         getattr(ax, f"{letter}axis").set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
+    return cast(Figure, ax.figure)
 
 
 def note(ax: Axes, lines: Iterable[str], x: float, y: float) -> None:

@@ -16,7 +16,7 @@ from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from carvana.plots import style
 from carvana.plots.overlays import Outlined, densest, edge_pixels
@@ -26,7 +26,6 @@ from carvana.training.trainer import Trainer
 
 COLUMNS = 5  # epochs in the strip, from the first to the last
 STRIP_SHARE = 0.2  # of height and width that a crop of the strip shows
-BAR_LAYOUT: dict[str, Any] = {"orientation": "horizontal", "aspect": 60, "shrink": 0.6}
 PAUSE = 50  # drawing takes at most a fiftieth of the time
 
 
@@ -79,12 +78,15 @@ def training_curves(trainer: Trainer) -> Figure:
     """Loss of every step, Dice of every validation, learning rate and speed of every epoch of a fold."""
     history, epochs = trainer.run.history(trainer.fold), snapshot_epochs(trainer.folder)
     snapshots = [read_snapshot(trainer.folder, epoch, with_logits=False) for epoch in epochs]
-    figure, (loss, dice, rate, pace) = style.charts(2, 2, 5.6)
+    figure, (loss, dice, rate, pace) = style.charts(5.6, 2, 2)
     _draw_losses(loss, {epoch: snapshot.losses for epoch, snapshot in zip(epochs, snapshots, strict=True)})
     _draw_dice(dice, history)
     rate.plot(epochs, [snapshot.lr for snapshot in snapshots], "o-", color=style.SERIES_COLOUR, markersize=4)
     style.label(rate, f"Learning rate after epoch {epochs[-1]}: {snapshots[-1].lr:.2g}", "epoch", "learning rate")
-    _draw_speed(pace, epochs, [snapshot.speed for snapshot in snapshots])
+    speeds = [snapshot.speed for snapshot in snapshots]  # images/s, NaN where nothing was trained, as before epoch 1
+    pace.plot(epochs, speeds, "o-", color=style.SERIES_COLOUR, markersize=4)
+    pace.set_ylim(0, 1.15 * np.nanmax([1e-9, *speeds]))
+    style.label(pace, f"Learns from {pd.Series(speeds).median():.3g} images/s", "epoch", "images/s of training")
     for ax in (loss, dice, rate, pace):
         ax.set_xlim(-0.03 * max(1, epochs[-1]), 1.03 * max(1, epochs[-1]))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -119,14 +121,6 @@ def _draw_dice(ax: Axes, history: pd.DataFrame) -> None:
     style.scale(ax, "y", "logit")
 
 
-def _draw_speed(ax: Axes, epochs: list[int], speeds: list[float]) -> None:
-    """speeds: images/s, NaN where nothing was trained, as before the first epoch."""
-    ax.plot(epochs, speeds, "o-", color=style.SERIES_COLOUR, markersize=4)
-    ax.set_ylim(0, 1.15 * max(1e-9, np.nanmax([0, *speeds])))
-    middle = np.nanmedian([0, *speeds] if len(speeds) < 2 else speeds[1:])
-    style.label(ax, f"Learns from {middle:.3g} images/s", "epoch", "images/s of training")
-
-
 def edge_strip(trainer: Trainer) -> Figure:
     """The same crops of the same validation images after several epochs: probability of car, and the true edge."""
     rows, epochs = trainer.preview_rows, snapshot_epochs(trainer.folder)
@@ -148,6 +142,6 @@ def edge_strip(trainer: Trainer) -> Figure:
     first, last = np.mean(wrong, axis=0)[[0, -1]]
     text = f"Around hard edges {first:.1%} of pixels are wrong at epoch {epochs[0]}, {last:.1%} at epoch {epochs[-1]}"
     style.set_title(figure, text)
-    bar = figure.colorbar(ScalarMappable(cmap="cividis"), ax=axes, format=PercentFormatter(1), **BAR_LAYOUT)
+    bar = figure.colorbar(ScalarMappable(cmap="cividis"), ax=axes, location="bottom", aspect=60, shrink=0.6)
     bar.set_label("probability of car; line: true edge", fontsize=style.FONT_SIZE)
     return figure
