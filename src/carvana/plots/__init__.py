@@ -2,6 +2,7 @@
 
 from carvana.plots.browser import browse
 from carvana.plots.explore import (
+    NEAR,
     areas,
     areas_by_make,
     contrasts,
@@ -27,7 +28,7 @@ from carvana.plots.style import save
 from carvana.plots.training import edge_strip, train_live, training_curves
 
 __all__ = [
-    "areas", "areas_by_make", "browse", "contrasts", "dice_by_car", "dice_by_threshold", "dice_by_view",
+    "NEAR", "areas", "areas_by_make", "browse", "contrasts", "dice_by_car", "dice_by_threshold", "dice_by_view",
     "dice_distribution", "edge_strip", "error_maps", "error_overlays", "error_parts", "fold_balance", "gains",
     "gallery", "hesitations", "mean_mask", "odd_masks", "predicted_outlines", "save", "save_errors", "test_areas",
     "train_live", "training_curves", "turntable", "variant_text", "write_report",

@@ -128,7 +128,7 @@ class Browser(VBox):  # type: ignore[misc]  # ipywidgets has no types
 
 def caption(sample: pd.Series, true: np.ndarray, probability: np.ndarray | None) -> str:
     """HTML about the image that is shown: whose network, how good, what colours mean."""
-    network = "all folds, as it is held out" if sample["fold"] == HOLDOUT else f"fold {sample['fold']}"
+    network = "all folds, as it is held out" if sample["fold"] == HOLDOUT else f"fold {sample['fold']:g}"
     name = f"<b><code>{escape(sample['img'])}</code></b>"  # nobody looks for formulas in code
     parts = [f"{name}, by the network of {network}, which has not seen this car"]
     if not np.isnan(sample["dice"]):
