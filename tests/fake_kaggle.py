@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 from confined.sitecustomize import block_network
 
+import carvana
 from carvana import submission
 from carvana.errors import UserError
 from carvana.kaggle import download
@@ -52,6 +53,7 @@ class FakeKaggle:
         self.submissions: list[dict] = []
         self.verdict = {"status": "COMPLETE", "publicScore": "0.997012", "privateScore": "0.996543"}
         self.pending = 1  # looks until the verdict
+        self.late = 0  # looks until the list shows a new submission
         self.limits = {"numToday": 1, "numTotal": 7, "numAllowedNow": 4}
         self.dataset: dict = {}
         self.kernels: list[dict] = []
@@ -92,12 +94,14 @@ class FakeKaggle:
         return {"message": "Successfully submitted", "ref": ref}
 
     def listsubmissions(self, body: dict) -> dict:
-        for entry in self.submissions:
+        first = (body.get("page", 1) - 1) * body["pageSize"]
+        for entry in self.submissions if first == 0 else ():
             entry["looks"] += 1
-        return {"submissions": [self.shown(entry) for entry in self.submissions]}
+        listed = [entry for entry in self.submissions if entry["looks"] > self.late]
+        return {"submissions": [self.shown(entry) for entry in listed[first : first + body["pageSize"]]]}
 
     def shown(self, entry: dict) -> dict:
-        verdict = entry["verdict"] if entry["looks"] > self.pending else {"status": "PENDING"}
+        verdict = entry["verdict"] if entry["looks"] > self.late + self.pending else {"status": "PENDING"}
         return {"ref": entry["ref"], "description": entry["description"], **verdict}
 
     def getsubmissionlimits(self, body: dict) -> dict:
@@ -179,8 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"message": "You have no submissions left", "ref": 0}).encode())
             return
         reply = getattr(self.fake, name.lower())(body)
-        if fault == "lost":  # done, but the answer never arrives
-            self.close_connection = True
+        if self.go_wrong(fault.removeprefix("stored:")):  # it was done, but the answer does not say so
             return
         self.answer(200, json.dumps(reply).encode())
 
@@ -279,7 +282,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     server.fake = fake = FakeKaggle()
     fake.port = server.server_address[1]
     monkeypatch.setenv("FAKE_KAGGLE_PORT", str(fake.port))  # for the processes that a test starts
-    monkeypatch.setenv("PYTHONPATH", str(CONFINED))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(CONFINED), str(Path(carvana.__file__).parents[1])]))
     from kagglesdk import kaggle_env  # has no side effects, unlike kaggle
 
     for name in kaggle_env._env_to_endpoint:

@@ -89,7 +89,7 @@ def _submit(options: argparse.Namespace) -> None:
     from carvana.submission import Expected
 
     run_name = options.run_name or options.file.name.partition(".")[0]
-    entry = Entry(options.file, options.message, run_name)
+    entry = Entry(options.file, options.message, run_name, options.again)
     expected = Expected(options.sample, options.height, options.width)
     submit(entry, expected, options.submissions_dir, options.yes)
 
@@ -169,6 +169,7 @@ def _add_submission_commands(commands: Commands) -> None:
     submit.add_argument("file", type=Path)
     submit.add_argument("-m", "--message", required=True)
     submit.add_argument("--yes", action="store_true", help="do not ask")
+    submit.add_argument("--again", action="store_true", help="send a file anew that was, or may have been, sent before")
     submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
     submit.add_argument("--run-name", default="", help="that made the file; default: the file's own name")
     _add_expected(submit)

@@ -17,6 +17,8 @@ from typing import IO, Any
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
+from filelock import FileLock, Timeout
+
 from carvana.errors import UserError
 
 # What reading a damaged or wrong archive raises; RuntimeError: a zip with a password.
@@ -64,6 +66,27 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, what: str, hours: int = 12) -> Iterator[None]:
+    """Hold a lock file, which even a killed process gives up; says so where another process holds it, and waits."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, is_singleton=True)  # may be taken again inside
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"{path.parent}: waiting for {what} of another process, {hours} hours at most", flush=True)
+            lock.acquire(timeout=3600 * hours)
+    except Timeout:
+        raise UserError(f"{path.parent}: {what} of another process has not ended. End it, then start again.") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be locked: {error.strerror or error}. Choose another folder.") from error
+    with lock:
+        lock.release()  # of the two holds, the one that waited
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

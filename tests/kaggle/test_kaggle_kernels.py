@@ -117,7 +117,7 @@ def test_a_second_push_makes_new_versions_and_can_go_on_from_the_output(fake, bu
         ({}, {"invalidCompetitionSources": ["carvana"]}, "refused it: competition carvana is unknown to it"),
         ({}, {"invalidDatasetSources": ["a/b"]}, "refused it: dataset a/b is unknown to it"),
         ({"SaveKernel": ["403"]}, {}, "was not pushed: Kaggle refused access"),
-        ({"SaveKernel": ["lost"]}, {}, "was not pushed: the line to Kaggle fails"),
+        ({"SaveKernel": ["stored:drop"]}, {}, "was not pushed: the line to Kaggle fails"),
         ({"upload": ["403"]}, {}, "suite.zip: Kaggle's storage refused it"),
         ({"CreateDatasetVersion": ["429"]}, {}, "suite was not pushed: Kaggle wants fewer requests"),
         ({"StartBlobUpload": ["401"]}, {}, "refused the credentials"),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ def sub(tmp_path):
 
 
 def ledger(sub):
+    if not (sub["submissions_dir"] / "ledger.csv").exists():
+        return []
     with (sub["submissions_dir"] / "ledger.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -32,10 +35,10 @@ def ledger(sub):
 def test_submit_waits_for_the_score_and_keeps_a_ledger(fake, sub, capfd):
     fake.pending = 2
     row = submit.submit(**sub)
-    assert (row["ref"], row["status"]) == (1000, "complete")
+    assert (row["ref"], row["status"]) == ("1000", "complete")
     assert (row["public_score"], row["private_score"]) == ("0.997012", "0.996543")
     assert fake.uploaded == [sub["entry"].path.read_bytes()]
-    assert ledger(sub) == [{**row, "ref": "1000"}]
+    assert ledger(sub) == [row]
     assert tuple(row) == submit.COLUMNS
     assert (row["run"], row["file"], row["sha256"]) == ("r1", "ours.csv", files.sha256(sub["entry"].path))
     assert row["message"] == fake.submissions[0]["description"]
@@ -47,7 +50,7 @@ def test_submit_waits_for_the_score_and_keeps_a_ledger(fake, sub, capfd):
 
 def test_the_same_file_is_sent_once_and_another_one_adds_a_row(fake, sub, capfd):
     first = submit.submit(**sub)
-    assert submit.submit(**sub) == {**first, "ref": "1000"}
+    assert submit.submit(**sub) == first
     assert "the same file is submission 1000 already" in capfd.readouterr().out
     assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
     sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 11\n")
@@ -59,7 +62,7 @@ def test_a_file_that_was_rejected_may_be_sent_again(fake, sub):
     fake.verdict = {"status": "ERROR", "errorDescription": "no"}
     refused("rejected submission 1000", submit.submit, **sub)
     fake.verdict = {"status": "COMPLETE"}
-    assert submit.submit(**sub)["ref"] == 1001
+    assert submit.submit(**sub)["ref"] == "1001"
 
 
 def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, sub, capfd, tmp_path):
@@ -100,7 +103,6 @@ def test_rejected_by_the_scorer(fake, sub):
         ({"upload": ["403"]}, "ours.csv: Kaggle's storage refused it .403"),
         ({"CreateSubmission": ["400"]}, "ours.csv: no 400"),
         ({"StartSubmissionUpload": ["403"]}, "Accept the rules"),
-        ({"CreateSubmission": ["drop"]}, "did not take it .*submissions"),
     ],
 )
 def test_a_refused_upload_is_noticed_and_not_repeated(fake, sub, faults, message):
@@ -108,17 +110,102 @@ def test_a_refused_upload_is_noticed_and_not_repeated(fake, sub, faults, message
     refused(message, submit.submit, **sub)
     assert fake.calls("CreateSubmission") <= 1
     assert fake.submissions == []
-    assert not (sub["submissions_dir"] / "ledger.csv").exists()
+    assert [row["status"] for row in ledger(sub)] in ([], ["error"])
+    assert submit.submit(**sub)["ref"] == "1000"  # nothing was spent, so the same command sends it
 
 
 def test_when_nothing_can_be_known_the_user_is_told_where_to_look_and_the_next_try_finds_it(fake, sub):
-    fake.faults = {"CreateSubmission": ["lost"], "ListSubmissions": ["drop"] * 9}
-    refused(r"Whether \[\w{8}\] has arrived at .*/submissions is unknown: the line", submit.submit, **sub)
-    assert not (sub["submissions_dir"] / "ledger.csv").exists()
+    fake.faults = {"CreateSubmission": ["stored:drop"], "ListSubmissions": ["drop"] * 999}
+    expected = r"taken it is unknown .*the line to Kaggle fails.*Look for demo \[\w{8}\] at .*/submissions.*--again"
+    refused(expected, submit.submit, **sub)
+    assert [row["status"] for row in ledger(sub)] == ["unknown"]
     fake.faults.clear()
     fake.limits = {"numToday": 5}  # a second one would not even be taken
-    assert submit.submit(**sub)["ref"] == 1000
+    assert submit.submit(**sub)["ref"] == "1000"
     assert len(fake.submissions) == len(ledger(sub)) == len(fake.uploaded) == 1
+
+
+@pytest.mark.parametrize("fault", ["drop", "408", "502", "504", "html"])
+@pytest.mark.parametrize("late", [0, 30], ids=["listed", "listed late"])
+def test_a_lost_answer_is_looked_up_not_sent_twice(fake, sub, fault, late, capfd):
+    fake.faults = {"CreateSubmission": [f"stored:{fault}"], "ListSubmissions": ["503"]}
+    fake.late = late
+    row = submit.submit(**sub)
+    assert (row["ref"], row["status"]) == ("1000", "complete")
+    assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
+    assert f"Looking for {row['message']} at {submit.LISTED}" in capfd.readouterr().out
+
+
+def test_only_again_sends_a_file_anew_whose_fate_stays_unknown(fake, sub):
+    fake.faults["CreateSubmission"] = ["drop"]
+    for _ in range(2):
+        refused("taken it is unknown.*--again", submit.submit, **sub)
+    assert (fake.submissions, fake.calls("CreateSubmission"), len(ledger(sub))) == ([], 1, 1)
+    sub["entry"] = replace(sub["entry"], again=True)
+    assert submit.submit(**sub)["ref"] == "1000"
+    assert [row["status"] for row in ledger(sub)] == ["unknown", "complete"]
+    assert len({row["message"] for row in ledger(sub)}) == 2  # the earlier one would still be known by its mark
+
+
+def command(sub):
+    expected = ["--sample", sub["expected"].sample, "--height", "4", "--width", "5"]
+    options = ["-m", "demo", "--yes", "--submissions-dir", sub["submissions_dir"], *expected]
+    return [sys.executable, "-m", "carvana", "submit", sub["entry"].path, *options]
+
+
+@pytest.mark.parametrize(
+    ("phase", "end"),
+    [
+        ("upload", signal.SIGKILL), ("answer", signal.SIGKILL), ("answer", signal.SIGINT), ("waiting", signal.SIGINT),
+        ("waiting", signal.SIGTERM), ("waiting", signal.SIGKILL),
+    ],
+)  # fmt: skip
+def test_the_same_command_twice_is_one_submission_wherever_the_first_ends(fake, sub, phase, end):
+    fake.pending = 99
+    fake.faults = {"upload": ["stall"]} if phase == "upload" else {}
+    fake.faults |= {"CreateSubmission": ["stored:stall"]} if phase == "answer" else {}
+    awaited = {"upload": "upload", "answer": "CreateSubmission", "waiting": "ListSubmissions"}[phase]
+    process = subprocess.Popen(command(sub), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not fake.calls(awaited):
+        os.sched_yield()
+    process.send_signal(end)
+    assert process.wait(60) in (-end, 1)
+    fake.pending = 0
+    assert submit.submit(**sub)["status"] == "complete"
+    assert submit.submit(**sub)["status"] == "complete"
+    assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
+
+
+def test_two_processes_with_the_same_file_send_it_once(fake, sub):
+    fake.pending = 0
+    both = [subprocess.Popen(command(sub), stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
+
+
+def test_the_command_line_sends_anew_only_with_again(fake, sub, capfd):
+    arguments = [str(argument) for argument in command(sub)[3:]]
+    for extra in ([], [], ["--again"]):
+        assert cli.main(arguments + extra) == 0
+    assert [row["ref"] for row in ledger(sub)] == ["1000", "1001"]
+
+
+def test_a_submission_is_found_far_down_the_list_among_entries_of_states_nobody_knows(fake, sub):
+    fake.pending = 99
+    submit.submit(**sub, wait_minutes=0)
+    fake.pending = 0
+    other = {"description": "", "looks": 0, "verdict": {"status": "RESCORING"}}
+    fake.submissions[:0] = [other | {"ref": ref} for ref in range(2000, 2045)]
+    assert submit.submit(**sub)["status"] == "complete"
+    assert fake.calls("CreateSubmission") == 1
+    submit.refresh(sub["submissions_dir"])
+    assert [row["public_score"] for row in ledger(sub)] == ["0.997012"]
+
+
+def test_refused_credentials_while_waiting_are_said(fake, sub, capfd):
+    fake.faults["ListSubmissions"] = ["401"]
+    assert submit.submit(**sub)["status"] == "complete"
+    assert "Kaggle refused the credentials" in capfd.readouterr().out
 
 
 @pytest.fixture
@@ -169,9 +256,9 @@ def test_what_an_upload_remembers_is_for_the_owner_alone_and_only_for_that_file(
     refused("Upload of .*big.csv.gz: Kaggle is in trouble", send, big)
     note = big.with_name(".big.csv.gz.upload")
     assert note.stat().st_mode & 0o777 == 0o600
-    assert upload.Upload(big).resumed
+    assert upload.Upload(big).cut
     big.write_bytes(b"another")
-    assert not upload.Upload(big).resumed
+    assert not upload.Upload(big).cut
 
 
 @pytest.mark.parametrize("size", [30, pytest.param(300, marks=pytest.mark.slow)])
@@ -192,13 +279,6 @@ def test_an_upload_cut_five_times_and_killed_costs_no_more_than_a_tenth(fake, bi
     assert fake.uploaded == [big.read_bytes()]
     print(f"{size} MB: {fake.received / (size * CHUNK):.4f} of the size received")
     assert fake.received <= 1.1 * size * CHUNK
-
-
-def test_a_lost_answer_is_looked_up_not_sent_twice(fake, sub):
-    fake.faults = {"CreateSubmission": ["lost"], "ListSubmissions": ["503"]}
-    row = submit.submit(**sub)
-    assert (row["ref"], row["status"]) == (1000, "complete")
-    assert fake.calls("CreateSubmission") == len(fake.submissions) == len(ledger(sub)) == 1
 
 
 def test_trouble_while_waiting_does_not_lose_the_submission(fake, sub):

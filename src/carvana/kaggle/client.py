@@ -13,9 +13,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -132,16 +132,12 @@ def patched_http(**headers: str) -> Iterator[None]:
             request.headers.update(headers)
         return send(adapter, request, **{**options, "timeout": TIMEOUT})
 
-    HTTPAdapter.send = bounded
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield
-    finally:
-        HTTPAdapter.send = send
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), patch.object(HTTPAdapter, "send", bounded):
+        yield
 
 
 def with_retries(
-    what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] | None = None, **options: Any
+    what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] = lambda: 0, **options: Any
 ) -> Any:  # fmt: skip
     """Call the client, again where that can help; UserError begins with `what` and says why Kaggle refused.
 
@@ -155,7 +151,7 @@ def with_retries(
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            size = grown() if grown else 0
+            size = grown()
             failures, best = (1 if size > best else failures + 1), max(best, size)
             if failures >= TRIES or not _passing(error):
                 raise refusal(error, what) from None
@@ -218,21 +214,31 @@ def scrub(error: BaseException | str) -> str:
     return text[:200]
 
 
-def sdk_object(area: str, kind: str, /, **fields: Any) -> Any:
-    """An object of kagglesdk with these fields; area "blobs" and kind "X" stand for its class ApiX of that service."""
-    service = import_module(f"kagglesdk.{area}.types.{area[:-1]}_api_service")
-    message = getattr(service, f"Api{kind}")()
-    for field, value in fields.items():
-        setattr(message, field, value)
-    return message
+class _Message(dict):
+    """Fields of a request or of an answer, as Kaggle names them.
 
-
-def call(api: Any, area: str, method: str, /, **fields: Any) -> Any:
-    """One request below the client's own methods, which would move the bytes themselves.
-
-    area: "competitions", "blobs" or "datasets" of the service; method and fields: as kagglesdk names them.
+    The classes of its client refuse a whole list for one entry with a state that they do not know.
     """
-    request = sdk_object(area, f"{method.title().replace('_', '')}Request", **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the client sends."""
+        return dict(self)
+
+    @classmethod
+    def prepare_from(cls, response: requests.Response) -> "_Message":
+        """What the client hands on; ValueError for a page or anything else that is no answer."""
+        if not isinstance(fields := response.json(), dict):
+            raise ValueError("Kaggle's answer is no object")
+        return cls(fields)
+
+
+def call(api: Any, area: str, method: str, fields: dict[str, Any], streamed: bool = False) -> Any:
+    """One request with these fields, named as on the wire; returns the answer's fields as a dict.
+
+    area: "competitions", "blobs" or "datasets" of the service. streamed: the answer is a file, returned as a response.
+    """
+    from kagglesdk.common.types.http_redirect import HttpRedirect  # the client streams this kind alone
+
+    service, kind = f"{area}.{area[:-1].title()}ApiService", HttpRedirect if streamed else _Message
     with patched_http(), api.build_kaggle_client() as kaggle:
-        service = getattr(getattr(kaggle, area), f"{area[:-1]}_api_client")
-        return getattr(service, method)(request)
+        return kaggle.http_client().call(service, method, _Message(fields), kind)

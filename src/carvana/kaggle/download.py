@@ -4,9 +4,7 @@ The client would append an error page to half a file, and hang on a silent line.
 """
 
 import contextlib
-import fcntl
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ from tqdm import tqdm
 
 from carvana.data.competition import Competition
 from carvana.errors import UserError, did_you_mean
-from carvana.files import UNREADABLE, need_space, read_json, sha256, stamp, write_json
-from carvana.kaggle.client import COMPETITION, call, patched_http, sign_in, with_retries
+from carvana.files import UNREADABLE, locked, need_space, read_json, sha256, stamp, write_json
+from carvana.kaggle.client import COMPETITION, call, patched_http, scrub, sign_in, with_retries
 from carvana.parallel import progress
 
 PIECE = 1 << 16  # bytes written at once, at most lost when a line is cut
+PAGES = 1000  # of the listing, read at most
 TABLES = ("train_masks.zip", "train_masks.csv.zip", "metadata.csv.zip", "sample_submission.csv.zip")
 
 
@@ -47,7 +46,7 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
     sizes = list_files(api)
     names = [_listed(name, sizes) for name in wanted]
     print("\n".join(f"{'*' if name in names else ' '} {name:28}{size / 1e6:10.1f} MB" for name, size in sizes.items()))
-    with _alone(data_dir):
+    with locked(data_dir / ".download" / "lock", "a download"):
         return _bring(api, data_dir, {name: sizes[name] for name in names})
 
 
@@ -68,16 +67,6 @@ def _bring(api: Any, data_dir: Path, sizes: dict[str, int]) -> list[Path]:
     return list(here.values())
 
 
-@contextlib.contextmanager
-def _alone(data_dir: Path) -> Iterator[None]:
-    """Two downloads into one folder would write into each other's files: the second waits for the first."""
-    folder = data_dir / ".download"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def verify(data_dir: str | Path) -> list[Path]:
     """Read every zip of a folder that was filled by hand, or attached on Kaggle; UserError names a broken one."""
     data_dir = Path(data_dir)
@@ -90,12 +79,16 @@ def verify(data_dir: str | Path) -> list[Path]:
 
 def list_files(api: Any) -> dict[str, int]:
     """Name -> bytes of every file of the competition, from all pages of the listing."""
-    sizes, token, seen = {}, "", set()
-    while token not in seen:  # a server that repeats a page must not hold us for ever
-        seen.add(token)
-        page = with_retries("The list of files", api.competition_list_files, COMPETITION, page_token=token)
-        sizes |= {file.name: file.total_bytes for file in page.files}
-        token = page.next_page_token or ""
+    sizes: dict[str, int] = {}
+    token = ""
+    for _ in range(PAGES):  # a server that goes on listing must not hold us for ever
+        fields = {"competitionName": COMPETITION, "pageToken": token}
+        page = with_retries("The list of files", call, api, "competitions", "ListDataFiles", fields)
+        files = {scrub(file["name"]): file.get("totalBytes") or 0 for file in page.get("files") or []}
+        token = page.get("nextPageToken") if files.keys() - sizes.keys() else ""
+        sizes |= files
+        if not token:
+            break
     return sizes
 
 
@@ -166,7 +159,8 @@ def _append(api: Any, part: Path, name: str, had: int, bar: tqdm) -> None:
     if had:
         headers |= {"Range": f"bytes={had}-", "If-Range": _tag(part).read_text()}
     with patched_http(**headers):
-        response = call(api, "competitions", "download_data_file", competition_name=COMPETITION, file_name=name)
+        fields = {"competitionName": COMPETITION, "fileName": name}
+        response = call(api, "competitions", "DownloadDataFile", fields, streamed=True)
     with response:
         first = _offset(response, had, part)
         bar.update(first - _length(part))

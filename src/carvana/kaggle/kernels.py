@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from carvana.errors import UserError
 from carvana.files import atomic, project_root, read_json, write_json, write_text
-from carvana.kaggle.client import COMPETITION, call, patched_http, refusal, sdk_object, sign_in, status_of, with_retries
+from carvana.kaggle.client import COMPETITION, call, patched_http, refusal, scrub, sign_in, status_of, with_retries
 from carvana.kaggle.upload import Upload
 
 NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
@@ -147,18 +147,17 @@ def _push_dataset(api: Any, folder: Path) -> None:
     exists = _status(api, ref) is not None
     paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
     uploads = [Upload(path) for path in paths]
-    files = [sdk_object("datasets", "DatasetNewFile", token=_sent(api, upload)) for upload in uploads]
+    files = [{"token": _sent(api, upload)} for upload in uploads]
     if exists:
-        notes = {"version_notes": "carvana kernel push", "files": files}
-        body = sdk_object("datasets", "CreateDatasetVersionRequestBody", **notes)
-        fields = {"owner_slug": owner, "dataset_slug": slug, "body": body}
-        answer = _once(ref, call, api, "datasets", "create_dataset_version", **fields)
+        body = {"versionNotes": "carvana kernel push", "files": files}
+        fields = {"ownerSlug": owner, "datasetSlug": slug, "body": body}
+        answer = _once(ref, call, api, "datasets", "CreateDatasetVersion", fields)
     else:
-        fields = {"title": described["title"], "license_name": described["licenses"][0]["name"], "is_private": True}
-        fields |= {"owner_slug": owner, "slug": slug, "files": files}
-        answer = _once(ref, call, api, "datasets", "create_dataset", **fields)
-    if answer.error:
-        raise UserError(f"{folder}: Kaggle refused the dataset: {answer.error}. Mend dataset-metadata.json.")
+        fields = {"title": described["title"], "licenseName": described["licenses"][0]["name"], "isPrivate": True}
+        fields |= {"ownerSlug": owner, "slug": slug, "files": files}
+        answer = _once(ref, call, api, "datasets", "CreateDataset", fields)
+    if error := scrub(answer.get("error") or ""):
+        raise UserError(f"{folder}: Kaggle refused the dataset: {error}. Mend dataset-metadata.json.")
     for upload in uploads:
         upload.done()
     _wait_until_ready(api, ref)
@@ -175,11 +174,11 @@ def _wait_until_ready(api: Any, ref: str) -> None:
     raise UserError(f"dataset {ref}: Kaggle says {status}. Look at it on the site, then push again.")
 
 
-def _once(what: str, request: Callable, *values: Any, **fields: Any) -> Any:
+def _once(what: str, request: Callable, *values: Any) -> Any:
     """A request that must not be repeated after a lost answer: it would make a second version or start a session."""
     try:
         with patched_http():
-            return request(*values, **fields)
+            return request(*values)
     except Exception as error:
         raise refusal(error, f"{what} was not pushed") from None
 
@@ -189,12 +188,9 @@ def _sent(api: Any, upload: Upload) -> str:
     path = upload.path
 
     def start() -> tuple[str, str]:
-        from kagglesdk.blobs.types.blob_api_service import ApiBlobType
-
-        size = path.stat().st_size
-        fields = {"type": ApiBlobType.DATASET, "name": path.name, "content_length": size}
-        answer = with_retries(f"Upload of {path}", call, api, "blobs", "start_blob_upload", **fields)
-        return answer.token, answer.create_url
+        fields = {"type": "DATASET", "name": path.name, "contentLength": path.stat().st_size}
+        answer = with_retries(f"Upload of {path}", call, api, "blobs", "StartBlobUpload", fields)
+        return answer.get("token", ""), answer.get("createUrl", "")
 
     return upload.send(start)
 
@@ -205,7 +201,8 @@ def _status(api: Any, ref: str) -> str | None:
 
     def look() -> str | None:
         try:
-            return call(api, "datasets", "get_dataset_status", owner_slug=owner, dataset_slug=slug).status.name
+            answer = call(api, "datasets", "GetDatasetStatus", {"ownerSlug": owner, "datasetSlug": slug})
+            return scrub(str(answer.get("status"))).upper()
         except Exception as error:
             if status_of(error) in (403, 404):  # what is not there is nobody's to see
                 return None

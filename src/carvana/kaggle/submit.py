@@ -1,10 +1,12 @@
 """A submission on its way: checked, confirmed, uploaded once, waited for, and kept in the ledger of submissions."""
 
-import contextlib
 import csv
 import io
+import re
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,24 +15,32 @@ from typing import Any
 import pandas as pd
 
 from carvana.errors import UserError
-from carvana.files import sha256, write_text
+from carvana.files import locked, sha256, write_text
 from carvana.kaggle.client import COMPETITION, PAGE, call, refusal, scrub, sign_in, status_of, with_retries
 from carvana.kaggle.upload import Upload
 from carvana.run import Run
 from carvana.submission import Expected, Validation, validate
 
+LISTED = f"{PAGE}/submissions"
 POLL = 10  # seconds between two looks at a submission that is not scored yet
+PAGE_SIZE, PAGES = 20, 100  # of Kaggle's list of submissions; how many are read at most
 COLUMNS = ("time", "run", "file", "sha256", "message", "ref", "status", "public_score", "private_score")
-Row = dict[str, Any]  # of the ledger, by COLUMNS
+MARK = re.compile(r"\[[0-9a-f]{8}\]$")  # ends the description on Kaggle, so that a lost answer can be looked up
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take for one; a ' in front stops it
+Row = dict[str, Any]  # of the ledger, by COLUMNS and the user's own; status: unknown, pending, complete or error
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is sent to Kaggle: a file, the description there, and the name of the run that made it ("" unknown)."""
+    """What is sent to Kaggle: a file, the description there, and the name of the run that made it ("" unknown).
+
+    again: send it although the ledger says that it was sent, or that this is unknown.
+    """
 
     path: Path
     message: str
     run_name: str = ""
+    again: bool = False
 
 
 def submit(
@@ -38,43 +48,42 @@ def submit(
 ) -> Row:  # fmt: skip
     """Validate, ask (unless `yes`), upload once, wait for the score; returns the row of `submissions_dir`/ledger.csv.
 
-    A file that the ledger holds already is not sent again: that would waste a try. UserError where the file is not
-    valid, Kaggle refuses or rejects it, or nobody is there to confirm.
+    A file that the ledger holds already is not sent again, that would waste a try: its score is asked for. UserError
+    where the file is not valid, Kaggle refuses or rejects it, nobody is there to confirm, or it stays unknown whether
+    Kaggle has taken it.
     """
     path, ledger = entry.path, submissions_dir / "ledger.csv"
     validation = validate(path, expected)
     if not validation.ok:
         raise UserError(f"{path} is not uploaded. {validation.problems[0]}.")
-    file_hash = sha256(path)
-    if earlier := _earlier_row(ledger, file_hash):
-        print(f"{path}: the same file is submission {earlier['ref']} already, so it is not sent again ({ledger})")
-        return earlier
-    api, upload = sign_in(), Upload(path)
-    ref = upload.resumed and getattr(_listed_entry(api, upload.mark), "ref", 0)
-    if not ref:
-        _confirm(api, entry, file_hash, validation, yes)
-    description = f"{entry.message} [{upload.mark}]"
-    row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "run": entry.run_name, "file": path.name}
-    row |= {"sha256": file_hash, "message": description, "ref": ref or _upload(api, upload, description)}
-    row |= {"status": "pending", "public_score": "", "private_score": ""}
-    _record(ledger, row)  # before the wait: a killed run must not lose it
-    upload.done()
-    reason = _wait(api, upload.mark, row, time.monotonic() + 60 * wait_minutes)
-    _record(ledger, row)
+    row, trouble = _sent_row(entry, ledger), ""
+    if row:
+        known = f"submission {row['ref']}" if row["ref"] else f"sent on {row['time']} as {row['message']}"
+        print(f"{path}: the same file is {known} already, so it is not sent again ({ledger})")
+    if not row or row["status"] != "complete":
+        api = sign_in()
+        if not row:
+            _confirm(api, entry, validation, yes)
+        with locked(submissions_dir / ".lock", "a submission"):  # another process may have sent it meanwhile
+            row = _sent_row(entry, ledger) or _create(api, entry, ledger)
+        trouble = _wait(api, ledger, row, wait_minutes)
     if row["status"] == "error":
-        raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {scrub(reason)}. Mend the file first.")
+        raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {trouble}. Mend the file first.")
+    if row["status"] == "unknown":
+        look = f"Look for {row['message']} at {LISTED}. The same command looks again, --again sends the file anew."
+        raise UserError(f"{path}: whether Kaggle has taken it is unknown{trouble and f' ({trouble})'}. {look}")
     scores = f"public {row['public_score'] or '-'}, private {row['private_score'] or '-'}"
     print(f"{path}: submission {row['ref']} is {row['status']}, {scores} ({ledger})")
     return row
 
 
-def _confirm(api: Any, entry: Entry, file_hash: str, validation: Validation, yes: bool) -> None:
+def _confirm(api: Any, entry: Entry, validation: Validation, yes: bool) -> None:
     path, left = entry.path, _allowed(api)
     if left == 0:
         raise UserError(f"{path} is not uploaded: no submission is left today. The limit ends at midnight UTC.")
     print(*validation.lines(), sep="\n")
     origin = f"of run {entry.run_name or '-'}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
-    print(f"{path}: {origin}, {path.stat().st_size / 1e6:.1f} MB, sha256 {file_hash[:12]}")
+    print(f"{path}: {origin}, {path.stat().st_size / 1e6:.1f} MB, sha256 {sha256(path)[:12]}")
     print(f"{path}: submissions left today: {'unknown' if left is None else left}")
     if yes:
         return
@@ -86,76 +95,143 @@ def _confirm(api: Any, entry: Entry, file_hash: str, validation: Validation, yes
 
 def _allowed(api: Any) -> int | None:
     """Submissions left today; None where unknown, also for a team without any: the service says 0 then."""
-    with contextlib.suppress(UserError, AttributeError):
-        limits = with_retries("The daily limit", api.competition_get_submission_limits, COMPETITION)
-        return limits.num_allowed_now if limits.num_allowed_now or limits.num_today else None
-    return None
-
-
-def _upload(api: Any, upload: Upload, description: str) -> int:
-    """Number of the submission. Submits once: whether a lost answer was a success is looked up under the mark."""
-    token = upload.send(lambda: start_upload(api, upload.path))
     try:
-        fields = {"competition_name": COMPETITION, "blob_file_tokens": token, "submission_description": description}
-        answer = call(api, "competitions", "create_submission", **fields)
-        ref, said = answer.ref, answer.message or "no reason given"  # a refusal looks like a success, without ref
-    except Exception as error:
-        if 400 <= status_of(error) < 500:
-            upload.done()
-            raise refusal(error, f"Submission of {upload.path}") from None
-        ref, said = 0, str(error)
-    for seconds in (0, 2, 4):  # the list may be a little late
-        if not ref:
-            time.sleep(seconds)
-            ref = getattr(_listed_entry(api, upload.mark), "ref", 0)
-    if not ref:
+        asked = "GetSubmissionLimits", {"competitionName": COMPETITION}
+        limits = with_retries("The daily limit", call, api, "competitions", *asked)
+    except UserError:
+        return None
+    return limits.get("numAllowedNow") or (0 if limits.get("numToday") else None)
+
+
+def _create(api: Any, entry: Entry, ledger: Path) -> Row:
+    """Upload the file and ask once for a submission of it; returns its row, "unknown" where the answer was lost.
+
+    The row is on the disk before that request, so that nothing that happens afterwards sends the file again.
+    """
+    path, file_hash, upload = entry.path, sha256(entry.path), Upload(entry.path)
+    token = upload.send(lambda: start_upload(api, path))
+    if sha256(path) != file_hash:
         upload.done()
-        look = f"Look for [{upload.mark}] at {PAGE}/submissions."
-        raise UserError(f"{upload.path}: Kaggle did not take it ({scrub(said)}). {look}")
-    return int(ref)
+        raise UserError(f"{path} was replaced while it was uploaded, and is not submitted. Start again.")
+    message = f"{entry.message} [{secrets.token_hex(4)}]"
+    row: Row = dict.fromkeys(COLUMNS, "") | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+    row |= {"run": entry.run_name, "file": path.name, "sha256": file_hash, "message": message, "status": "unknown"}
+    _record(ledger, row)
+    upload.done()
+    fields = {"competitionName": COMPETITION, "blobFileTokens": token, "submissionDescription": message}
+    try:
+        answer = call(api, "competitions", "CreateSubmission", fields)
+    except Exception as error:
+        if 400 <= status_of(error) < 500 and status_of(error) != 408:  # a gateway says 408 of what may have arrived
+            _record(ledger, row | {"status": "error"})
+            raise refusal(error, f"Submission of {path}") from None
+        print(f"{path}: Kaggle's answer was lost ({scrub(error)}). Looking for {message} at {LISTED}")
+        return row
+    said = scrub(answer.get("message") or "")
+    if answer.get("ref"):
+        row |= {"ref": str(answer["ref"]), "status": "pending"}
+        _record(ledger, row)
+    elif said and not said.lower().startswith("success"):  # a refusal looks like a success, without ref
+        _record(ledger, row | {"status": "error"})
+        raise UserError(f"{path}: Kaggle did not take it ({said}). Look at {LISTED}.")
+    return row
 
 
 def start_upload(api: Any, path: Path) -> tuple[str, str]:
     """Token of a new upload and the address that takes it."""
     stat = path.stat()
-    fields = {"content_length": stat.st_size, "last_modified_epoch_seconds": int(stat.st_mtime)}
-    fields |= {"competition_name": COMPETITION, "file_name": path.name}
-    answer = with_retries(f"Upload of {path}", call, api, "competitions", "start_submission_upload", **fields)
-    return answer.token, answer.create_url
+    fields = {"competitionName": COMPETITION, "fileName": path.name, "contentLength": stat.st_size}
+    fields |= {"lastModifiedEpochSeconds": int(stat.st_mtime)}
+    answer = with_retries(f"Upload of {path}", call, api, "competitions", "StartSubmissionUpload", fields)
+    return answer.get("token", ""), answer.get("createUrl", "")
 
 
-def _listed_entry(api: Any, mark: str) -> Any:
-    """Kaggle's own entry of the upload with this mark, None where its list has none."""
-    what = f"Whether [{mark}] has arrived at {PAGE}/submissions is unknown"
-    listed = with_retries(what, api.competition_submissions, COMPETITION)
-    return next((entry for entry in listed or [] if entry and mark in (entry.description or "")), None)
+def _wait(api: Any, ledger: Path, row: Row, minutes: float) -> str:
+    """Look until scored or rejected, or `minutes` are over; keeps `row` and ledger up to date.
 
-
-def _wait(api: Any, mark: str, row: Row, deadline: float) -> str:
-    """Look until scored, rejected or `deadline`; fills status and scores of `row`, returns Kaggle's reason."""
-    while True:
-        with contextlib.suppress(UserError):  # the submission stands, whatever happens to the look
-            if entry := _listed_entry(api, mark):
-                row |= _result(entry)
-                if row["status"] != "pending":
-                    return entry.error_description or ""
-        if time.monotonic() >= deadline:
-            return ""
+    Returns Kaggle's reason, or what was in the way of the last look.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    print(f"{row['file']}: waiting for Kaggle's score, {minutes:g} minutes at most; the same command waits on")
+    trouble = ""
+    for _ in range(1 + int(60 * minutes / POLL)):
+        try:
+            entry = next((entry for entry in _entries(api) if _belongs(entry, row)), None)
+            trouble = ""
+        except UserError as error:  # the submission stands, whatever happens to the look
+            if str(error) != trouble:
+                print(trouble := str(error))
+            entry = None
+        if entry and (result := _result(entry)).items() - row.items():
+            row |= result
+            _record(ledger, row)
+        if entry and row["status"] != "pending":
+            return scrub(entry.get("errorDescription") or "no reason given")
+        if time.monotonic() + POLL > deadline:
+            break
         time.sleep(POLL)
+    return trouble
 
 
-def _result(entry: Any) -> Row:
-    """Status and scores of an entry of Kaggle's list, as the ledger writes them."""
-    status = getattr(entry.status, "name", "PENDING").lower()  # a new kind of status has no name
-    return {"status": status, "public_score": entry.public_score or "", "private_score": entry.private_score or ""}
+def _entries(api: Any) -> Iterator[dict[str, Any]]:
+    """Kaggle's own entries of all submissions, newest first, page by page."""
+    token, seen = "", {None}
+    for page in range(1, PAGES + 1):
+        fields = {"competitionName": COMPETITION, "page": page, "pageToken": token, "pageSize": PAGE_SIZE}
+        answer = with_retries(LISTED, call, api, "competitions", "ListSubmissions", fields)
+        listed = answer.get("submissions") or []
+        entries = [entry for entry in listed if entry and entry.get("ref") not in seen]
+        yield from entries
+        seen |= {entry["ref"] for entry in entries}
+        token = answer.get("nextPageToken") or ""
+        if not entries or not token and len(listed) < PAGE_SIZE:
+            return
+
+
+def _belongs(entry: dict[str, Any], row: Row) -> bool:
+    """Whether an entry is a row's: by number, and by the mark in its description where the number was lost."""
+    if row["ref"]:
+        return str(entry["ref"]) == row["ref"]
+    mark = MARK.search(row["message"])
+    return mark is not None and mark[0] in (entry.get("description") or "")
+
+
+def _result(entry: dict[str, Any]) -> Row:
+    """Number, status and scores of an entry of Kaggle's list, as the ledger writes them."""
+    status = str(entry.get("status")).lower()  # Kaggle leaves PENDING out
+    scores = {"public_score": entry.get("publicScore"), "private_score": entry.get("privateScore")}
+    result = {name: scrub(str(score)) if score is not None else "" for name, score in scores.items()}
+    return {"ref": str(entry["ref"]), "status": status if status in ("complete", "error") else "pending"} | result
 
 
 def ledger_rows(path: Path) -> list[Row]:
-    """All rows of a ledger.csv; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """All rows of a ledger.csv, with the user's own columns; none without a file. UserError where it is broken."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[list[str], list[Row]]:
+    """Columns and rows of a ledger."""
+    if not path.exists():
+        return [*COLUMNS], []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            columns, rows = [*(table.fieldnames or ())], list(table)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}. Save it as CSV in UTF-8, or move it away.") from None
+    missing = [name for name in COLUMNS if name not in columns]
+    fault = f"lacks the column {missing[0]}" if missing else ""
+    if len({*columns}) < len(columns):
+        fault = "names a column twice"
+    for number, row in enumerate(rows, 2):
+        whole = None not in row and None not in row.values()
+        if not fault and not (whole and len(row["sha256"]) == 64 and (row["ref"] + "0").isdecimal() and row["status"]):
+            fault = f"is broken in row {number}"
+    if fault:
+        raise UserError(f"{path} {fault}. Mend it: commas, the first line {','.join(COLUMNS)}, or move it away.")
+    for row in rows:
+        row |= {name: row[name][1:] for name in COLUMNS if row[name][:1] == "'" and row[name][1:2] in FORMULA}
+    return columns, rows
 
 
 def ledger_table(submissions_dir: Path, runs_dir: Path) -> pd.DataFrame:
@@ -169,27 +245,32 @@ def ledger_table(submissions_dir: Path, runs_dir: Path) -> pd.DataFrame:
 
 
 def refresh(submissions_dir: Path) -> None:
-    """Bring status and scores of the ledger's uploads up to date; asks Kaggle once."""
-    path, listed = submissions_dir / "ledger.csv", f"{PAGE}/submissions"
-    entries = with_retries(listed, sign_in().competition_submissions, COMPETITION)
-    by_ref = {str(entry.ref): entry for entry in entries}
+    """Bring status and scores of the ledger's uploads up to date; reads Kaggle's list once."""
+    path = submissions_dir / "ledger.csv"
+    entries = list(_entries(sign_in()))
     for row in ledger_rows(path):
-        if entry := by_ref.get(row["ref"]):
-            _record(path, row | _result(entry))
+        for entry in entries:
+            if _belongs(entry, row):
+                _record(path, row | _result(entry))
 
 
 def _record(path: Path, row: Row) -> None:
-    """Add a row to a ledger.csv, in place of the one with the same ref."""
-    text, rows = io.StringIO(), ledger_rows(path)
-    refs = [old.get("ref") for old in rows]
-    at = refs.index(str(row["ref"])) if str(row["ref"]) in refs else len(rows)
-    table = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows([*rows[:at], row, *rows[at + 1 :]])
-    write_text(path, text.getvalue())
+    """Add a row to a ledger.csv, in place of the one of the same submission."""
+    with locked(path.with_name(".lock"), "a submission"):
+        columns, rows = _read(path)
+        same = [i for i, old in enumerate(rows) if (old["ref"] or old["message"]) in (row["ref"], row["message"])]
+        at = same[0] if same else len(rows)
+        rows[at : at + 1] = [row]
+        quoted = [{k: "'" + v if k in COLUMNS and v.startswith(FORMULA) else v for k, v in row.items()} for row in rows]
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(quoted)
+        write_text(path, text.getvalue())
 
 
-def _earlier_row(path: Path, file_hash: str) -> Row | None:
-    """The ledger's last row of a file that was uploaded before and not rejected."""
-    sent = [row for row in ledger_rows(path) if row["sha256"] == file_hash and row["status"] != "error"]
-    return sent[-1] if sent else None
+def _sent_row(entry: Entry, ledger: Path) -> Row | None:
+    """The ledger's last row of the same file that was not rejected; None for a file that is to be sent."""
+    rows, file_hash = ledger_rows(ledger), sha256(entry.path)  # read even if not needed, to find it broken in time
+    sent = [row for row in rows if row["sha256"] == file_hash and row["status"] != "error"]
+    return sent[-1] if sent and not entry.again else None

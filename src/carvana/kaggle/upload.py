@@ -5,7 +5,6 @@ The client would send a cut upload anew from its start.
 
 import json
 import re
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,14 @@ from carvana.parallel import progress
 
 
 class Upload:
-    """A file on its way to Kaggle's storage, noted in a file beside it, so that a killed upload goes on.
-
-    `mark` names the upload in what is made of it, so that a lost answer can be looked up.
-    """
+    """A file on its way to Kaggle's storage, noted in a file beside it, so that a killed upload goes on."""
 
     def __init__(self, path: Path):
         self.path, self.note = path, path.with_name(f".{path.name}.upload")
         self.stamp = [list(entry) for entry in stamp(path)]
         note = read_json(self.note) if self.note.exists() else {}
-        self.resumed = note.get("stamp") == self.stamp
-        self.facts: dict[str, Any] = note if self.resumed else {"stamp": self.stamp, "mark": secrets.token_hex(4)}
-        self.cut, self.arrived = self.resumed, 0
-
-    @property
-    def mark(self) -> str:
-        """Eight hex digits, the same after a restart."""
-        return self.facts["mark"]
+        self.cut, self.arrived = note.get("stamp") == self.stamp, 0  # cut: the storage may have a part of it
+        self.facts: dict[str, Any] = note if self.cut else {"stamp": self.stamp}
 
     def send(self, start: Callable[[], tuple[str, str]]) -> str:
         """Bring every byte there; returns the token that stands for the file. start: asks for (token, address)."""
