@@ -142,10 +142,14 @@ def fake(monkeypatch, tmp_path, capfd):
         fake.naps = naps
         fake.files |= {name: zipped() for name in NAMES}
         yield fake
+    basic = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
     for request in fake.requests:
-        basic = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
         wanted = (None,) if request.name in ("storage", "upload") else (basic, f"Bearer {KEY}")
         assert request.headers.get("Authorization") in wanted  # the key goes to the service alone
-    shown = capfd.readouterr()
-    assert KEY not in shown.out + shown.err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    shown, written = capfd.readouterr(), [path for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (KEY, basic.removeprefix("Basic "), base64.b64encode(KEY.encode()).decode(), "signature="):
+        assert secret not in shown.out + shown.err
+        noted = [path for path in written if secret.encode() in path.read_bytes()]
+        assert all(
+            secret == "signature=" and path.suffix == ".upload" for path in noted
+        )  # which only the owner can read

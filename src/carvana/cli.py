@@ -29,7 +29,9 @@ def _line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on where it was"
-    return f"{type(error).__name__}: {error} (--debug shows where)"
+    from carvana.kaggle.client import scrub  # takes a moment, and who knows what an unexpected error quotes
+
+    return f"{type(error).__name__}: {scrub(error)} (--debug shows where)"
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,11 +1,13 @@
+import base64
 import json
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import requests
-from fake_kaggle import KEY, hide_credentials, refused
+from fake_kaggle import KEY, USER, hide_credentials, refused
 
 from carvana.kaggle import client, download
 
@@ -96,3 +98,49 @@ def test_the_client_is_quiet_and_time_outs_do_not_stay(fake, capfd):
     download.list_files(client.sign_in())
     assert capfd.readouterr() == ("", "")
     assert requests.adapters.HTTPAdapter.send is send
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \n\n"])
+@pytest.mark.parametrize("place", ["KAGGLE_API_TOKEN", "access_token", "KAGGLE_KEY"])
+def test_a_line_break_behind_a_secret_does_no_harm(fake, monkeypatch, tmp_path, place, end):
+    if place == "access_token":
+        (tmp_path / "home" / ".kaggle" / "access_token").write_bytes((KEY + end).encode())
+    else:
+        monkeypatch.setenv(place, KEY + end)
+    assert len(download.list_files(client.sign_in())) == len(fake.files)
+    (tmp_path / "home" / ".kaggle" / "access_token").unlink(missing_ok=True)  # that no file holds it is checked
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\n", " ", "\x1b[1m", "\u00e9"])
+@pytest.mark.parametrize("place", ["KAGGLE_API_TOKEN", "access_token", "KAGGLE_KEY"])
+def test_a_secret_of_two_lines_is_refused_and_not_shown(fake, monkeypatch, tmp_path, place, inside):
+    path = tmp_path / "home" / ".kaggle" / "access_token"
+    if place == "access_token":
+        path.write_bytes((KEY + inside + KEY[::-1]).encode())
+    else:
+        monkeypatch.setenv(place, KEY + inside + KEY[::-1])
+    told = refused(f"{place}.*a line break or a foreign character is inside. Copy it", download.download, tmp_path)
+    assert KEY[::-1] not in told
+    assert fake.requests == []
+    path.unlink(missing_ok=True)
+
+
+def basic(user, key):
+    return base64.b64encode(f"{user}:{key}".encode()).decode()
+
+
+def test_what_a_server_says_is_shown_without_secrets_addresses_and_control_codes(fake, tmp_path):
+    secrets = [KEY, "token-of-oauth", "token/of-the-file"]
+    (tmp_path / "home" / ".kaggle" / "credentials.json").write_text(json.dumps({"refresh_token": secrets[1]}))
+    (tmp_path / "home" / ".kaggle" / "access_token.txt").write_text(f"{secrets[2]}\n")
+    for secret in secrets:
+        for shown in (secret, quote(secret, safe=""), basic(USER, secret), base64.b64encode(secret.encode()).decode()):
+            said = (
+                f"\x1b[31mno\x1b[0m {shown}\r\n\x1b]0;title\x07 at https://x.test/a?Signature=s3&b=1 \0Bearer abc.def"
+            )
+            assert client.scrub(said) == "no *** at https://x.test/a?... Bearer ***"
+
+
+def test_names_that_a_server_lists_carry_no_control_codes(fake):
+    fake.files = {"train\x1b[2J\x1b]0;x\x07.zip": b""}
+    assert download.list_files(client.sign_in()) == {"train.zip": 0}

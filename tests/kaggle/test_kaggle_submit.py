@@ -1,6 +1,8 @@
+import contextlib
 import csv
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,8 +170,11 @@ def test_the_same_command_twice_is_one_submission_wherever_the_first_ends(fake, 
     process = subprocess.Popen(command(sub), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not fake.calls(awaited):
         os.sched_yield()
-    process.send_signal(end)
-    assert process.wait(60) in (-end, 1)
+    while process.poll() is None:  # Python loses an interruption that comes while it cleans up
+        process.send_signal(end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    assert process.returncode in (-end, 1)
     fake.pending = 0
     assert submit.submit(**sub)["status"] == "complete"
     assert submit.submit(**sub)["status"] == "complete"
@@ -206,6 +211,63 @@ def test_refused_credentials_while_waiting_are_said(fake, sub, capfd):
     fake.faults["ListSubmissions"] = ["401"]
     assert submit.submit(**sub)["status"] == "complete"
     assert "Kaggle refused the credentials" in capfd.readouterr().out
+
+
+BROKEN = {
+    "semicolons": lambda text: text.replace(",", ";"), "no header": lambda text: text.partition("\n")[2],
+    "empty": lambda text: "", "latin-1": lambda text: text.replace("demo", "dem\xf6").encode("latin-1"),
+    "utf-16": lambda text: text.encode("utf-16"), "binary": lambda text: bytes(range(256)),
+    "cut": lambda text: text[:-30], "cut in a quote": lambda text: text[:-30] + '"', "a column gone": lambda text:
+    "\n".join(line.rpartition(",")[0] for line in text.splitlines()), "ragged": lambda text: text[:-1] + ",9,9\n",
+    "rounded hash": lambda text: re.sub("[0-9a-f]{64}", "6.1E+63", text),
+    "a column twice": lambda text: text.replace("time,", "time,time,", 1).replace("\n20", "\n1,20"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_ledger_stops_before_anything_is_spent_and_stays_as_it_is(fake, sub, damage):
+    submit.submit(**sub)
+    path = sub["submissions_dir"] / "ledger.csv"
+    text = BROKEN[damage](path.read_text())
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = path.read_bytes()
+    sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 11\n")
+    refused(r"ledger.csv .*[Mm]ove it away|ledger.csv .*or move it away", submit.submit, **sub)
+    assert fake.calls("CreateSubmission") == 1
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_that_is_a_folder_or_cannot_be_written_stops_before_anything_is_spent(fake, sub, monkeypatch):
+    path = sub["submissions_dir"] / "ledger.csv"
+    path.mkdir(parents=True)
+    refused("ledger.csv cannot be read", submit.submit, **sub)
+    path.rmdir()
+    monkeypatch.setattr(submit, "write_text", lambda path, text: files.write_text("/proc/none/ledger.csv", text))
+    refused("ledger.csv could not be written", submit.submit, **sub)
+    assert fake.calls("CreateSubmission") == 0
+
+
+def test_what_a_person_adds_to_the_ledger_stays(fake, sub):
+    submit.submit(**sub)
+    path = sub["submissions_dir"] / "ledger.csv"
+    with_note = re.sub("(?m)$", ",note", path.read_text().rstrip(), count=1)
+    path.write_text("\ufeff" + re.sub("(?m)^(20.*)$", '\\1,"-0.5, René"', with_note), encoding="utf-8")
+    sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 11\n")
+    submit.submit(**sub)
+    submit.refresh(sub["submissions_dir"])
+    assert [(row["ref"], row["note"]) for row in ledger(sub)] == [("1000", "-0.5, René"), ("1001", "")]
+    assert all(row["time"].startswith("20") for row in ledger(sub))
+
+
+@pytest.mark.parametrize("message", ["=1+1", "+1", "-1", "@a", "\t=1", "'=1", '=HYPERLINK("x")'])
+def test_a_message_is_no_formula_for_a_spreadsheet_and_unchanged_on_kaggle(fake, sub, message):
+    sub["entry"] = replace(sub["entry"], message=message, run_name="=r")
+    submit.submit(**sub)
+    submit.refresh(sub["submissions_dir"])  # reads and writes it once more
+    assert fake.submissions[0]["description"].startswith(message)
+    assert ledger(sub)[0]["message"].startswith("'" + message.removeprefix("'"))
+    assert ledger(sub)[0]["run"] == "'=r"
+    assert submit.submit(**sub)["run"] == "=r"
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ The client is imported late and kept in check, because importing it authenticate
 what nobody asked for, and it reports some refusals as success.
 """
 
+import base64
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import quote
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -26,6 +27,7 @@ from carvana.files import read_json
 COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
 SETTINGS = "https://www.kaggle.com/settings"
+HOME = Path("~/.kaggle")  # where the client looks, whatever KAGGLE_CONFIG_DIR says
 TIMEOUT = (30, 120)  # seconds to connect, and between two bytes
 TRIES = 4  # failures in a row without a byte of progress
 
@@ -56,29 +58,45 @@ def _token_source() -> str | None:
     notebook = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
     if all(os.environ.get(name) for name in notebook) and Path(os.environ[notebook[-1]]).is_file():
         return "this Kaggle notebook"
-    if os.environ.get("KAGGLE_API_TOKEN"):
-        return "the environment variable KAGGLE_API_TOKEN"
-    files = [Path("~/.kaggle").expanduser() / name for name in ("access_token", "access_token.txt")]
-    return next((str(file) for file in files if file.is_file() and file.read_text().strip()), None)
+    source, token = "the environment variable KAGGLE_API_TOKEN", _variable("KAGGLE_API_TOKEN")
+    for file in (HOME / name for name in ("access_token", "access_token.txt")):
+        if not token and file.expanduser().is_file():
+            source, token = str(file.expanduser()), file.expanduser().read_text(errors="replace").strip()
+    return _checked(token, source) and source
 
 
 def _key_source() -> str | None:
-    path = _config_file()
-    environment = {field: os.environ.get(f"KAGGLE_{field.upper()}") for field in ("username", "key")}
-    if all(environment.values()):
-        return "the environment variables KAGGLE_USERNAME and KAGGLE_KEY"
+    path, name, key = _config_file(), _variable("KAGGLE_USERNAME"), _variable("KAGGLE_KEY")
+    if name and key:
+        return _checked(name + key, "the environment variables KAGGLE_USERNAME and KAGGLE_KEY")
     stored = _stored_key(path)
-    name = environment["username"]
     if name and stored.get("username", name) != name:
         raise UserError(f"KAGGLE_USERNAME is not the user of {path}. Set KAGGLE_KEY too, or unset KAGGLE_USERNAME.")
     if stored:
+        _checked(f"{stored['username']}{key or stored['key']}", str(path))
         return str(path)
-    oauth = Path("~/.kaggle/credentials.json").expanduser()
+    oauth = HOME.expanduser() / "credentials.json"
     return str(oauth) if oauth.is_file() else None
 
 
+def _variable(name: str) -> str:
+    """A variable of the environment, without the line break that a copy brings along: the client would send it."""
+    if name in os.environ:
+        os.environ[name] = os.environ[name].strip()
+    return os.environ.get(name, "")
+
+
+def _checked(secret: str, source: str) -> str:
+    """The source; UserError where the secret could not be part of a request, whose error would show it."""
+    if secret and not re.fullmatch("[!-~]+", secret):
+        raise UserError(
+            f"{source}: a blank, a line break or a foreign character is inside. Copy it anew from {SETTINGS}."
+        )
+    return source if secret else ""
+
+
 def _config_file() -> Path:
-    home = Path("~/.kaggle").expanduser()
+    home = HOME.expanduser()
     if sys.platform.startswith("linux") and not home.exists():
         home = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "kaggle"
     return Path(os.environ.get("KAGGLE_CONFIG_DIR") or home) / "kaggle.json"
@@ -205,13 +223,35 @@ def refusal(error: BaseException, what: str) -> UserError:
 
 
 def scrub(error: BaseException | str) -> str:
-    """A message on one line without keys and without signed addresses."""
-    text = re.sub(r"\?\S+", "?...", " ".join(str(error).split()))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        text = text.replace(json.loads(_config_file().read_text()).get("key") or "\n", "***")
-    for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN"):
-        text = text.replace(os.environ.get(name) or "\n", "***")
-    return text[:200]
+    """One line of plain text, without secrets in any form, signed addresses and control codes of a terminal."""
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\))", "", str(error))
+    text = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = re.sub(r"(?i)\b(basic|bearer) +[^\s'\"]+", r"\1 ***", text)
+    return re.sub(r"\?\S+|(?i:signature|token)=\S+", "?...", text)[:200]
+
+
+def _secrets() -> set[str]:
+    """All that the client may send to prove who it is: plain, and as base64 and addresses show it."""
+    variables = [os.environ.get(name, "") for name in ("KAGGLE_KEY", "KAGGLE_TOKEN", "KAGGLE_API_TOKEN")]
+    names, texts, users = ("access_token", "access_token.txt"), list(variables), {os.environ.get("KAGGLE_USERNAME", "")}
+    paths: list[str | Path] = [
+        variables[-1],
+        os.environ.get("KAGGLE_API_V1_TOKEN", ""),
+        *(HOME.expanduser() / name for name in names),
+    ]
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            texts.append(Path(path).read_text(errors="replace"))
+    for path in (_config_file(), HOME.expanduser() / "kaggle.json", HOME.expanduser() / "credentials.json"):
+        with contextlib.suppress(OSError):
+            fields = re.findall(r'"(\w+)"\s*:\s*"([^"]+)"', path.read_text(errors="replace"))  # also of a broken file
+            users |= {value for name, value in fields if name == "username"}
+            texts += [value for name, value in fields if name == "key" or name.endswith("token")]
+    plain = {part for text in texts for part in (text.strip(), *text.split()) if len(part) > 3}
+    coded = {base64.b64encode(text.encode()).decode() for s in plain for text in (s, *(f"{u}:{s}" for u in users))}
+    return plain | coded | {quote(secret, safe="") for secret in plain}
 
 
 class _Message(dict):

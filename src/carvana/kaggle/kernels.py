@@ -136,7 +136,7 @@ def push(folder: str | Path, resume: bool = False) -> str:
     refused = [f"{kind} {', '.join(names)} is unknown to it" for kind, names in invalid.items() if names]
     refused += [answer.error] if answer.error else []
     if refused:
-        raise UserError(f"{path}: Kaggle refused it: {'; '.join(refused)}. Mend the file and push again.")
+        raise UserError(f"{path}: Kaggle refused it: {scrub('; '.join(refused))}. Mend the file and push again.")
     return f"{kernel['id']}/{answer.version_number}"
 
 
