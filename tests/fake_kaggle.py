@@ -9,6 +9,7 @@ that lead nowhere, and sockets that refuse every address but the own machine.
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -219,7 +220,20 @@ class Handler(BaseHTTPRequestHandler):
         self.note("storage")
         fault = self.fake.fault("storage")
         whole = self.fake.files[self.path.split("?")[0].removeprefix("/storage/")]
-        if fault == "expired":
+        if fault in ("stall page", "cut page", "endless page"):
+            self.break_off_a_page(fault)
+        elif fault == "416" or (fault == "416 for a part" and "Range" in self.headers):
+            self.answer(416, b"")
+        elif fault == "gzip":
+            packed = gzip.compress(whole)
+            stop = len(packed) // 2 if self.fake.faults["storage"] else len(packed)
+            self.send_response(200)
+            for name, value in {"Content-Encoding": "gzip", "Content-Length": len(packed), "ETag": '"z"'}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(packed[:stop])
+            self.close_connection = True
+        elif fault == "expired":
             self.answer(403, b"<Error>Request has expired</Error>", "application/xml")
         elif fault == "short":  # no length, so the client cannot notice
             self.send_response(200)
@@ -230,6 +244,19 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.go_wrong(fault):
             self.send_range(whole, fault)
 
+    def break_off_a_page(self, fault: str) -> None:
+        """An error page that is cut, stalls or does not end."""
+        self.send_response(500 if fault == "endless page" else 403)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(1 << 40))
+        self.end_headers()
+        self.wfile.write(b"{")
+        if fault == "stall page":
+            self.fake.stalled.wait(20)
+        while fault == "endless page":
+            self.wfile.write(bytes(CHUNK))
+        self.close_connection = True
+
     def send_range(self, whole: bytes, fault: str) -> None:
         """The body from Range on; promised whole, but the line breaks at "cut:N", or it is not what was asked for."""
         first = int(self.headers.get("Range", "bytes=0-")[6:-1])
@@ -237,10 +264,11 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "whole" or self.headers.get("If-Range", tag) != tag:
             first = 0
         first -= 7 * (fault == "shifted")
-        self.send_response(206 if first else 200)
+        unasked = fault == "206 unasked"
+        self.send_response(206 if first or unasked else 200)
         for name, value in {"ETag": tag, "Accept-Ranges": "bytes", "Content-Type": "application/zip"}.items():
             self.send_header(name, value)
-        if first:
+        if first or unasked:
             self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
         self.send_header("Last-Modified", "Mon, 24 Jul 2017 00:00:00 GMT")
         self.send_header("Content-Length", str(len(whole) - first))

@@ -253,3 +253,65 @@ def test_an_expired_address_is_asked_for_anew(fake, data):
     assert fake.calls("DownloadDataFile") == 2
     fake.faults["storage"] = ["expired"] * 9
     refused("test.zip: Kaggle is in trouble", download.download, data, ["test.zip"])
+
+
+@pytest.mark.parametrize("fault", ["stall page", "cut page", "endless page"])
+def test_an_error_page_that_does_not_end_is_one_line_without_the_address(fake, data, fault, monkeypatch):
+    monkeypatch.setattr(client, "TIMEOUT", (1, 0.2))
+    monkeypatch.setattr(client, "LONGEST_ANSWER", (1 << 16, 5))
+    fake.faults["storage"] = [fault]
+    download.download(data, ["train.zip"])
+    assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
+    fake.faults["storage"] = [fault] * 99
+    refused("test.zip: ", download.download, data, ["test.zip"])
+
+
+@pytest.mark.parametrize("faults", [["416 for a part"] * 3, ["gzip", "gzip"], ["206 unasked"]])
+def test_a_part_that_cannot_go_on_starts_anew(fake, data, faults):
+    fake.files["train.zip"] = zipped(3 * CHUNK)
+    fake.faults["storage"] = [f"cut:{CHUNK + 5000}", *faults]
+    download.download(data, ["train.zip"])
+    assert (data / "train.zip").read_bytes() == fake.files["train.zip"]
+
+
+def test_a_gap_of_minutes_is_waited_for_and_said(fake, data, capfd):
+    fake.faults = {"DownloadDataFile": ["drop"] * (client.TRANSFER_TRIES - 1)}
+    download.download(data, ["train.zip"])
+    assert sum(fake.naps) > 180
+    assert "train.zip: no answer to use (ConnectionError); try 2 of 9 in 2 s" in capfd.readouterr().out
+
+
+def test_a_file_that_does_not_end_is_given_up(fake, data, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST", CHUNK)
+    fake.files["plain.csv"], fake.sizes["plain.csv"] = bytes(9 * CHUNK), 0
+    refused("plain.csv: what arrives does not end", download.download, data, ["plain.csv"])
+    assert not (data / "plain.csv").exists()
+
+
+@pytest.mark.parametrize("error", [EOFError(), UnicodeDecodeError("utf-8", b"x", 0, 1, "no"), NotImplementedError()])
+def test_a_zip_that_cannot_be_tested_is_broken(data, error, monkeypatch):
+    data.mkdir()
+    (data / "train.zip").write_bytes(zipped())
+
+    def broken(_):
+        raise error
+
+    monkeypatch.setattr(download.zipfile.ZipFile, "testzip", broken)
+    refused("train.zip is broken: .*Download it again", download.verify, data)
+
+
+def test_two_files_of_one_name_are_refused_before_either_comes(fake, data):
+    fake.files = {"a/x.csv": b"1", "b/x.csv": b"2"}
+    refused("two of a/x.csv, b/x.csv would get the same name", download.download, data, ["a/x.csv", "b/x.csv"])
+    assert fake.calls("DownloadDataFile") == 0
+
+
+def test_a_list_that_does_not_end_is_given_up(fake, data, monkeypatch):
+    fake.page_size, numbers = 1, iter(range(10**9))
+
+    def page(body):
+        return {"files": [{"name": f"{next(numbers)}.csv"}], "nextPageToken": f"{next(numbers)}"}
+
+    monkeypatch.setattr(fake, "listdatafiles", page)
+    monkeypatch.setattr(download, "PAGES", 9)
+    assert len(download.list_files(client.sign_in())) == 9

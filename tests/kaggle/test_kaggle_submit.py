@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -321,6 +322,25 @@ def test_what_an_upload_remembers_is_for_the_owner_alone_and_only_for_that_file(
     assert upload.Upload(big).cut
     big.write_bytes(b"another")
     assert not upload.Upload(big).cut
+
+
+def test_a_file_that_is_replaced_while_it_is_uploaded_is_not_sent_as_a_mix(fake, big, monkeypatch):
+    fake.faults["upload"] = [f"cut:{CHUNK}"]
+    monkeypatch.setattr(time, "sleep", lambda _: big.write_bytes(os.urandom(5 * CHUNK)))  # between two tries
+    refused("big.csv.gz was replaced while it was uploaded. Start again", send, big)
+    assert fake.uploaded == []
+
+
+def test_the_bar_of_an_upload_is_seen(fake, big, capfd):
+    fake.faults["upload"] = [f"cut:{CHUNK}"]
+    send(big)
+    assert re.search(r"uploading: 100%.*5.24M/5.24M", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(("said", "advice"), [("a limit of 5 a day", "Wait until the limit"), ("bad rows", "Mend the")])
+def test_advice_fits_the_refusal(fake, sub, said, advice):
+    fake.verdict = {"status": "ERROR", "errorDescription": said}
+    refused(f"{said}. {advice}", submit.submit, **sub)
 
 
 @pytest.mark.parametrize("size", [30, pytest.param(300, marks=pytest.mark.slow)])

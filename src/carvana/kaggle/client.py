@@ -28,8 +28,9 @@ COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
 SETTINGS = "https://www.kaggle.com/settings"
 HOME = Path("~/.kaggle")  # where the client looks, whatever KAGGLE_CONFIG_DIR says
-TIMEOUT = (30, 120)  # seconds to connect, and between two bytes
-TRIES = 4  # failures in a row without a byte of progress
+TIMEOUT = (15, 60)  # seconds to connect, and between two bytes
+TRIES, TRANSFER_TRIES = 4, 9  # failures in a row: 14 s apart in all, and 4 minutes where a file would be lost
+LONGEST_ANSWER = 16 << 20, 120  # bytes and seconds of what is no file
 
 
 def credentials_source() -> str:
@@ -142,38 +143,53 @@ def _warn_if_open(path: Path) -> None:
 
 @contextlib.contextmanager
 def patched_http(**headers: str) -> Iterator[None]:
-    """Every request gets a time-out, every GET these headers too, and nothing is printed."""
+    """Every request gets a time-out, every GET these headers too, answers an end, and nothing is printed."""
     send, said = HTTPAdapter.send, io.StringIO()
 
     def bounded(adapter: HTTPAdapter, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         if request.method == "GET":
             request.headers.update(headers)
-        return send(adapter, request, **{**options, "timeout": TIMEOUT})
+        response = send(adapter, request, **{**options, "timeout": TIMEOUT})
+        page = re.search("json|html|xml", response.headers.get("Content-Type", ""))
+        if page or not options.get("stream") or response.status_code >= 300:
+            _read(response)
+        return response
 
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), patch.object(HTTPAdapter, "send", bounded):
         yield
 
 
-def with_retries(
-    what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] = lambda: 0, **options: Any
-) -> Any:  # fmt: skip
+def _read(response: requests.Response) -> None:
+    """Read an answer that is no file, though not for ever."""
+    body, ends = bytearray(), time.monotonic() + LONGEST_ANSWER[1]
+    for piece in response.iter_content(64):  # so few that the clock is looked at in time
+        body += piece
+        if len(body) > LONGEST_ANSWER[0] or time.monotonic() > ends:
+            response.close()
+            raise requests.ConnectionError("the answer does not end")
+    response._content = bytes(body)
+
+
+def with_retries(what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] | None = None) -> Any:
     """Call the client, again where that can help; UserError begins with `what` and says why Kaggle refused.
 
-    grown: bytes that are there already; tries are counted anew whenever they have grown.
+    grown: of a transfer, bytes that are there already; tries are counted anew whenever they have grown.
     """
-    failures, best = 0, 0
+    failures, best, tries = 0, 0, TRANSFER_TRIES if grown else TRIES
     while True:
         try:
             with patched_http():
-                return call(*values, **options)
+                return call(*values)
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            size = grown()
+            size = grown() if grown else 0
             failures, best = (1 if size > best else failures + 1), max(best, size)
-            if failures >= TRIES or not _passing(error):
+            if failures >= tries or not _passing(error):
                 raise refusal(error, what) from None
-            time.sleep(_pause(error, failures))
+            pause, reason = _pause(error, failures), status_of(error) or type(error).__name__
+            print(f"{what}: no answer to use ({reason}); try {failures + 1} of {tries} in {pause:.0f} s", flush=True)
+            time.sleep(pause)
 
 
 def status_of(error: BaseException) -> int:
@@ -183,7 +199,7 @@ def status_of(error: BaseException) -> int:
         return 0
     if response.history and response.status_code in (400, 403, 410, 416):
         return 503
-    with contextlib.suppress(ValueError, AttributeError, TypeError):
+    with contextlib.suppress(ValueError, AttributeError, TypeError, RuntimeError, requests.RequestException):
         return max(response.status_code, response.json().get("code", 0))
     return response.status_code
 
@@ -192,22 +208,24 @@ def _passing(error: BaseException) -> bool:
     """Whether it may go away: too many requests, server trouble, a broken line, a page that is no answer."""
     status = status_of(error)
     no_answer = status < 400 and isinstance(error, requests.RequestException | ValueError)
-    return no_answer or status == 429 or status >= 500
+    return no_answer or status in (408, 429) or status >= 500
 
 
 def _pause(error: BaseException, failures: int) -> float:
-    """Seconds until the next try: what the server asks for, else 2, 4, 8."""
+    """Seconds until the next try: what the server asks for, else 2, 4, 8 ... 60."""
     response = getattr(error, "response", None)
     wanted = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(60, int(wanted)) if wanted.isdigit() else 2**failures
+    return min(60, int(wanted)) if wanted.isdigit() else min(60, 2**failures)
 
 
 def refusal(error: BaseException, what: str) -> UserError:
     """What a user sees of an error of the client."""
     status, said = status_of(error), scrub(error)
+    ours = "competitions." in getattr(getattr(error, "response", None), "url", "")
+    rules = f"Accept the rules at {PAGE}/rules" if ours else "Look whether it is yours to change,"
     advice = {
         401: f"Kaggle refused the credentials of {credentials_source()}. Create new ones at {SETTINGS}.",
-        403: f"Kaggle refused access. Accept the rules at {PAGE}/rules with this account ({credentials_source()}).",
+        403: f"Kaggle refused access. {rules} with this account ({credentials_source()}).",
         404: "Kaggle does not know it. Check the name.",
         429: "Kaggle wants fewer requests. Wait some minutes and start again.",
     }
@@ -220,6 +238,11 @@ def refusal(error: BaseException, what: str) -> UserError:
     if isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError):
         return UserError(f"{what}: the line to Kaggle fails ({type(error).__name__}). Check the network, start again.")
     return UserError(f"{what}: {said or type(error).__name__}. Start again; if it stays, see {PAGE}.")
+
+
+def remedy(said: str, otherwise: str) -> str:
+    """What to do about a refusal: wait where it is a limit, else what the caller advises."""
+    return "Wait until the limit ends." if re.search("(?i)limit|quota|exceed|too many", said) else otherwise
 
 
 def scrub(error: BaseException | str) -> str:

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from carvana.data.competition import Competition
 from carvana.errors import UserError, did_you_mean
-from carvana.files import UNREADABLE, locked, need_space, read_json, sha256, stamp, write_json
+from carvana.files import locked, need_space, read_json, sha256, stamp, write_json
 from carvana.kaggle.client import COMPETITION, call, patched_http, scrub, sign_in, with_retries
 from carvana.parallel import progress
 
 PIECE = 1 << 16  # bytes written at once, at most lost when a line is cut
+LONGEST = 1 << 36  # bytes of a file whose size is not listed
 PAGES = 1000  # of the listing, read at most
 TABLES = ("train_masks.zip", "train_masks.csv.zip", "metadata.csv.zip", "sample_submission.csv.zip")
 
@@ -45,6 +46,10 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
     api = sign_in()
     sizes = list_files(api)
     names = [_listed(name, sizes) for name in wanted]
+    if len({Path(name).name for name in names}) < len({*names}):
+        raise UserError(
+            f"{data_dir}: two of {', '.join(names)} would get the same name. Give each a folder of its own."
+        )
     print("\n".join(f"{'*' if name in names else ' '} {name:28}{size / 1e6:10.1f} MB" for name, size in sizes.items()))
     with locked(data_dir / ".download" / "lock", "a download"):
         return _bring(api, data_dir, {name: sizes[name] for name in names})
@@ -122,8 +127,8 @@ def _fault(path: Path, size: int) -> str:
             with zipfile.ZipFile(path) as archive:
                 sizes.append(sum(member.file_size for member in archive.infolist()))
                 broken = archive.testzip()
-    except UNREADABLE as error:
-        broken = str(error)
+    except Exception as error:  # a damaged archive makes zipfile raise whatever its bytes lead to
+        broken = str(error) or type(error).__name__
     if broken:
         return f"is broken: {broken}"
     return "" if size in (0, *sizes) else f"has {sizes[0]} bytes, not {size}"
@@ -140,11 +145,12 @@ def _fetch(api: Any, data_dir: Path, name: str, size: int, bar: tqdm) -> Path:
 
 def _receive(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
     """Ask once for what is missing; ValueError where the whole file is not there yet, broken pieces being dropped."""
+    if not size and not zipfile.is_zipfile(part):  # half a table would look like a whole one
+        _tag(part).unlink(missing_ok=True)
     had = _length(part) if _tag(part).exists() else 0
-    checkable = size or zipfile.is_zipfile(part)  # else half a table would look like a whole one
-    fault = _fault(part, size) if had and checkable else "has to come"
+    fault = _fault(part, size) if had else "has to come"
     if fault:
-        _append(api, part, name, had * bool(checkable), bar)
+        _append(api, part, name, size, bar)
         fault = _fault(part, size)
     if fault:
         if not had < _length(part) < size:  # else the line ended early, and what has come may be sound
@@ -153,14 +159,21 @@ def _receive(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
         raise ValueError(f"what arrived {fault}")
 
 
-def _append(api: Any, part: Path, name: str, had: int, bar: tqdm) -> None:
-    """One request, each with a freshly signed address: bytes go behind the `had` ones or in place of them."""
+def _append(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
+    """One request, each with a freshly signed address: bytes go behind those that are there or in place of them."""
+    had = _length(part) if _tag(part).exists() else 0
+    longest = LONGEST if not size else 2 * size + PIECE  # it may come packed, or packed in vain
     headers = {"Accept-Encoding": "identity"}  # packed on the way, a file could not go on in its middle
     if had:
         headers |= {"Range": f"bytes={had}-", "If-Range": _tag(part).read_text()}
     with patched_http(**headers):
         fields = {"competitionName": COMPETITION, "fileName": name}
-        response = call(api, "competitions", "DownloadDataFile", fields, streamed=True)
+        try:
+            response = call(api, "competitions", "DownloadDataFile", fields, streamed=True)
+        except requests.HTTPError as error:
+            if error.response.status_code == 416:  # what is here is not the beginning of what is there
+                _tag(part).unlink(missing_ok=True)
+            raise
     with response:
         first = _offset(response, had, part)
         bar.update(first - _length(part))
@@ -168,6 +181,9 @@ def _append(api: Any, part: Path, name: str, had: int, bar: tqdm) -> None:
             file.seek(first)
             for piece in response.iter_content(PIECE):
                 bar.update(file.write(piece))
+                if file.tell() > longest:
+                    file.truncate(0)
+                    raise ValueError("what arrives does not end")
 
 
 def _offset(response: requests.Response, had: int, part: Path) -> int:
@@ -180,13 +196,16 @@ def _offset(response: requests.Response, had: int, part: Path) -> int:
         raise ValueError(f"a page arrived instead of the file ({kind})")
     mark = response.headers.get("ETag", "W/")
     mark = response.headers.get("Last-Modified", "") if mark.startswith("W/") else mark
-    if response.status_code != 206:
-        _tag(part).write_text(mark) if mark else _tag(part).unlink(missing_ok=True)
-        return 0
-    if mark != _tag(part).read_text() or not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):
-        _tag(part).unlink()  # so that the next try starts at 0
-        raise ValueError("another piece arrived than was asked for")
-    return had
+    packed = response.headers.get("Content-Encoding", "identity") != "identity"  # could not go on in its middle
+    if response.status_code == 206:
+        fits = response.headers.get("Content-Range", "").startswith(f"bytes {had}-") and not packed
+        if not fits or (had and mark != _tag(part).read_text()):
+            _tag(part).unlink(missing_ok=True)  # so that the next try starts at 0
+            raise ValueError("another piece arrived than was asked for")
+        if had:
+            return had
+    _tag(part).write_text(mark) if mark and not packed else _tag(part).unlink(missing_ok=True)
+    return 0
 
 
 def _part(data_dir: Path, name: str) -> Path:

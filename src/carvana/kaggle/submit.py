@@ -16,7 +16,7 @@ import pandas as pd
 
 from carvana.errors import UserError
 from carvana.files import locked, sha256, write_text
-from carvana.kaggle.client import COMPETITION, PAGE, call, refusal, scrub, sign_in, status_of, with_retries
+from carvana.kaggle.client import COMPETITION, PAGE, call, refusal, remedy, scrub, sign_in, status_of, with_retries
 from carvana.kaggle.upload import Upload
 from carvana.run import Run
 from carvana.submission import Expected, Validation, validate
@@ -68,7 +68,8 @@ def submit(
             row = _sent_row(entry, ledger) or _create(api, entry, ledger)
         trouble = _wait(api, ledger, row, wait_minutes)
     if row["status"] == "error":
-        raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {trouble}. Mend the file first.")
+        advice = remedy(trouble, "Mend the file first.")
+        raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {trouble}. {advice}")
     if row["status"] == "unknown":
         look = f"Look for {row['message']} at {LISTED}. The same command looks again, --again sends the file anew."
         raise UserError(f"{path}: whether Kaggle has taken it is unknown{trouble and f' ({trouble})'}. {look}")

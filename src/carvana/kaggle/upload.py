@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
 from carvana.errors import UserError
@@ -30,17 +31,18 @@ class Upload:
 
     def send(self, start: Callable[[], tuple[str, str]]) -> str:
         """Bring every byte there; returns the token that stands for the file. start: asks for (token, address)."""
-        what = f"Upload of {self.path}"
-        for again in (False, True):
-            if "token" not in self.facts:
-                self.facts["token"], self.facts["address"] = start()
-                self.save()
-            if with_retries(what, self._put, grown=lambda: self.arrived):
-                return str(self.facts["token"])
-            if not again:
-                print(f"{what} cannot go on where it was cut: once more, in full")
-            del self.facts["token"]
-            self.cut, self.arrived = False, 0
+        what, size = f"Upload of {self.path}", self.path.stat().st_size
+        with progress(None, "uploading", "B", total=size, unit_scale=True) as bar:  # here, where stderr is seen
+            for again in (False, True):
+                if "token" not in self.facts:
+                    self.facts["token"], self.facts["address"] = start()
+                    self.save()
+                if with_retries(what, self._put, size, bar, grown=lambda: self.arrived):
+                    return str(self.facts["token"])
+                if not again:
+                    bar.write(f"{what} cannot go on where it was cut: once more, in full")
+                del self.facts["token"]
+                self.cut, self.arrived = False, 0
         raise UserError(f"{what}: the line to Kaggle's storage breaks again and again. Start again later.")
 
     def save(self) -> None:
@@ -53,9 +55,11 @@ class Upload:
         """Forget it."""
         self.note.unlink(missing_ok=True)
 
-    def _put(self) -> bool:
+    def _put(self, size: int, bar: tqdm) -> bool:
         """One try from where the storage has it; False where it does not say where that is."""
-        size = self.path.stat().st_size
+        if [list(entry) for entry in stamp(self.path)] != self.stamp:
+            self.done()
+            raise UserError(f"{self.path} was replaced while it was uploaded. Start again.")
         if self.cut:
             where = self._where(size)
             if where is None:
@@ -64,11 +68,13 @@ class Upload:
         self.cut = True
         first, headers = self.arrived, {}
         if first == size:
+            bar.update(first - bar.n)
             return True
         if first:
             headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
-        with self.path.open("rb") as file, progress(None, "uploading", "B", total=size, initial=first) as bar:
+        with self.path.open("rb") as file:
             file.seek(first)
+            bar.update(first - bar.n)
             response = requests.put(self.facts["address"], data=CallbackIOWrapper(bar.update, file), headers=headers)
         return self._taken(response)
 
