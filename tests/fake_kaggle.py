@@ -58,6 +58,7 @@ class FakeKaggle:
         self.limits = {"numToday": 1, "numTotal": 7, "numAllowedNow": 4}
         self.dataset: dict = {}
         self.kernels: list[dict] = []
+        self.session = "COMPLETE"  # of the last version of the kernel
         self.stored = bytearray()  # of the upload under way
         self.uploaded: list[bytes] = []
         self.resumable, self.turn = True, 0
@@ -126,6 +127,9 @@ class FakeKaggle:
     def savekernel(self, body: dict) -> dict:
         self.kernels.append(body)
         return {"ref": body["slug"], "url": "http://localhost/x", "versionNumber": len(self.kernels), **self.verdict}
+
+    def getkernelsessionstatus(self, body: dict) -> dict:
+        return {"status": self.session}
 
     def introspecttoken(self, body: dict) -> dict:
         return {"active": True, "username": USER}

@@ -15,7 +15,7 @@ from carvana import cli, submission
 from carvana.data import Competition
 from carvana.errors import UserError
 from carvana.files import project_root
-from carvana.kaggle import kernels
+from carvana.kaggle import client, kernels
 
 SLUG = f"{USER}/carvana-tiny"
 
@@ -45,13 +45,6 @@ def test_what_is_built_says_every_field_and_holds_the_suite(built, profile):
         package = {"src/carvana/cli.py", "src/carvana/data/folds.py"}
         assert package | {"notebooks/03_train.ipynb", "requirements.txt"} <= {*suite.namelist()}
         assert not [name for name in suite.namelist() if "pycache" in name]
-
-
-def test_the_name_of_a_run_becomes_a_name_that_kaggle_takes(profile, tmp_path):
-    profile.write_text(profile.read_text().replace('"tiny"', '"My_run 2"'))
-    built = kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
-    kernel = json.loads((built / "kernel" / "kernel-metadata.json").read_text())
-    assert (kernel["id"], kernel["title"]) == (f"{USER}/carvana-my-run-2", "carvana my run 2")
 
 
 def test_the_same_is_built_from_the_same(built, profile, tmp_path):
@@ -117,7 +110,19 @@ def test_a_second_push_makes_new_versions_and_can_go_on_from_the_output(fake, bu
         ({}, {"invalidCompetitionSources": ["carvana"]}, "refused it: competition carvana is unknown to it"),
         ({}, {"invalidDatasetSources": ["a/b"]}, "refused it: dataset a/b is unknown to it"),
         ({"SaveKernel": ["403"]}, {}, "was not pushed: Kaggle refused access"),
-        ({"SaveKernel": ["stored:drop"]}, {}, "was not pushed: the line to Kaggle fails"),
+        (
+            {"SaveKernel": ["stored:drop"]},
+            {},
+            f"answer was lost.*a kernel may run. Look at {kernels.CODE}/{SLUG} before",
+        ),
+        (
+            {"SaveKernel": ["stored:502"]},
+            {},
+            f"answer was lost.*a kernel may run. Look at {kernels.CODE}/{SLUG} before",
+        ),
+        ({}, {"error": "GPU quota exceeded"}, "GPU quota exceeded. Wait until the limit ends"),
+        ({}, {"invalidDatasetSources": ["a/b"]}, f"It runs without: stop it at {kernels.CODE}/{SLUG}"),
+        ({"CreateDatasetVersion": ["403"]}, {}, "Look whether it is yours to change"),
         ({"upload": ["403"]}, {}, "suite.zip: Kaggle's storage refused it"),
         ({"CreateDatasetVersion": ["429"]}, {}, "suite was not pushed: Kaggle wants fewer requests"),
         ({"StartBlobUpload": ["401"]}, {}, "refused the credentials"),
@@ -127,6 +132,69 @@ def test_what_the_client_hides_of_a_push_is_said(fake, built, faults, verdict, m
     fake.verdict, fake.faults = verdict, faults
     refused(message, kernels.push, built)
     assert fake.calls("SaveKernel") <= 1
+
+
+@pytest.mark.parametrize("answer", ["stored:drop", "stored:stall"])
+def test_a_push_whose_answer_was_lost_is_looked_for_before_it_is_repeated(fake, built, answer, monkeypatch):
+    monkeypatch.setattr(client, "TIMEOUT", (1, 0.2))
+    fake.verdict, fake.faults["SaveKernel"] = {}, [answer]
+    refused("a kernel may run", kernels.push, built)
+    fake.session = "RUNNING"
+    refused(f"{SLUG} runs on Kaggle already .RUNNING.. Wait for it or stop it at", kernels.push, built)
+    assert len(fake.kernels) == fake.calls("SaveKernel") == 1
+    fake.session = "COMPLETE"
+    assert kernels.push(built) == f"{SLUG}/2"
+
+
+def test_a_push_that_is_interrupted_says_where_to_look(fake, built, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    fake.verdict = {}
+    api = client.sign_in()
+    monkeypatch.setattr(api, "kernels_push", interrupted)
+    monkeypatch.setattr(kernels, "sign_in", lambda: api)
+    refused("KeyboardInterrupt.*a kernel may run. Look at", kernels.push, built)
+
+
+def test_the_old_version_of_a_dataset_is_not_taken_for_the_new_one(fake, built, monkeypatch, capfd):
+    states = ["READY", "READY", "READY", "BLOBS_RECEIVED", "READY"]
+    monkeypatch.setattr(fake, "getdatasetstatus", lambda body: {"status": states.pop(0)})
+    fake.verdict = {}
+    kernels.push(built)
+    assert states == []
+    assert "waiting until Kaggle has unpacked it, 10 minutes at most" in capfd.readouterr().out
+
+
+def test_a_folder_of_the_users_own_stays(profile, tmp_path):
+    mine = tmp_path / "dataset" / "photo.jpg"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    plan = kernels.KernelPlan(profile, USER, wheels=False)
+    refused("dataset was not made by `kernel build`, and stays. Choose another --folder", kernels.build, plan, tmp_path)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_building_again_replaces_what_was_built(built, profile):
+    (built / "dataset" / "old.whl").write_bytes(b"")
+    kernels.build(kernels.KernelPlan(profile, USER, wheels=False), built)
+    assert not (built / "dataset" / "old.whl").exists()
+
+
+def test_a_build_needs_no_weights_for_a_profile_that_fetches_none(profile, tmp_path):
+    arguments = ["--profile", profile, "--folder", tmp_path / "built", "--user", USER, "--no-wheels"]
+    assert cli.main(["kernel", "build", *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "slug"), [("My_run 2", "my-run-2"), ("_x_", "x"), ("\u00fcber", "ber"), ("a" * 99, "a" * 32)]
+)
+def test_odd_names_become_names_that_kaggle_takes(profile, tmp_path, run, slug):
+    profile.write_text(profile.read_text().replace('"tiny"', json.dumps(run)))
+    built = kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
+    kernel = json.loads((built / "kernel" / "kernel-metadata.json").read_text())
+    assert (kernel["id"], kernel["title"]) == (f"{USER}/carvana-{slug}", f"carvana {slug.replace('-', ' ')}")
+    refused("--user 'a b' is no name", kernels.build, kernels.KernelPlan(profile, "a b", wheels=False), tmp_path / "b")
 
 
 def test_a_dataset_that_kaggle_cannot_unpack(fake, built, monkeypatch):

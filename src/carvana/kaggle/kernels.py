@@ -3,6 +3,7 @@
 The kernel needs no internet: the package, wheels of what it may lack and encoder weights come as a dataset of its own.
 """
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -20,12 +21,24 @@ from packaging.requirements import Requirement
 
 from carvana.errors import UserError
 from carvana.files import atomic, project_root, read_json, write_json, write_text
-from carvana.kaggle.client import COMPETITION, call, patched_http, refusal, scrub, sign_in, status_of, with_retries
+from carvana.kaggle.client import (
+    COMPETITION,
+    call,
+    patched_http,
+    refusal,
+    remedy,
+    scrub,
+    sign_in,
+    status_of,
+    with_retries,
+)
 from carvana.kaggle.upload import Upload
 
 NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
 PLATFORMS = "manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"
 POLL, LOOKS = 5, 120  # seconds between two looks at a dataset that is not ready, and how many
+SETTLING = 6  # looks at a new version for as long as Kaggle may still tell of the old one
+CODE = "https://www.kaggle.com/code"
 DEPTH = 5  # folders below the input folder in which Kaggle may mount something
 
 
@@ -50,21 +63,27 @@ def build(plan: KernelPlan, folder: Path) -> Path:
     UserError where the profile could not run there.
     """
     profile, weights = _parameters(plan.profile), plan.weights
+    slug = re.sub(r"[^a-z0-9]+", "-", f"carvana {profile['run_name']}".lower())[:40].strip("-")  # as of the title
+    title = slug.replace("-", " ")
     if profile["encoder_weights"] == "imagenet" and not weights:
         reason = "fetches encoder weights, but the kernel has no internet"
         raise UserError(f"{plan.profile} {reason}. Give a file: --weights.")
     if weights and not weights.is_file():
         raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
+    if not re.fullmatch(r"[\w-]+", plan.user, re.ASCII):
+        raise UserError(
+            f"--user {plan.user!r} is no name on Kaggle. Take the one in the address of your profile there."
+        )
+    if (folder / "dataset").exists() and not (folder / "dataset" / "dataset-metadata.json").is_file():
+        raise UserError(f"{folder / 'dataset'} was not made by `kernel build`, and stays. Choose another --folder.")
     shutil.rmtree(folder / "dataset", ignore_errors=True)
+    described = {"id": f"{plan.user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
+    write_json(folder / "dataset" / "dataset-metadata.json", described)  # first: tells that the folder is ours
     _write_suite(folder / "dataset" / "suite.zip", plan.profile)
     if weights:
         shutil.copyfile(weights, folder / "dataset" / f"encoder{weights.suffix}")
     if plan.wheels:
         _fetch_wheels(folder / "dataset", plan.python)
-    slug = "carvana-" + re.sub(r"[^a-z0-9]+", "-", profile["run_name"].lower())  # as Kaggle makes it of the title
-    title = slug.replace("-", " ")
-    described = {"id": f"{plan.user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
-    write_json(folder / "dataset" / "dataset-metadata.json", described)
     write_text(folder / "kernel" / "carvana.ipynb", (resources.files("carvana.kaggle") / "kernel.ipynb").read_text())
     write_json(folder / "kernel" / "kernel-metadata.json", _kernel(plan.user, slug, title))
     return folder
@@ -129,49 +148,67 @@ def push(folder: str | Path, resume: bool = False) -> str:
     kernel = read_json(path)
     kernel["kernel_sources"] = [kernel["id"]] if resume else []
     write_json(path, kernel)
+    _look_for_a_session(api, kernel["id"])
     _push_dataset(api, folder / "dataset")
-    answer = _once(str(path.parent), api.kernels_push, str(path.parent))
+    answer = _once(kernel["id"], api.kernels_push, str(path.parent))
     kinds = "dataset", "competition", "kernel", "model"
     invalid = {kind: getattr(answer, f"invalid_{kind}_sources") for kind in kinds}
     refused = [f"{kind} {', '.join(names)} is unknown to it" for kind, names in invalid.items() if names]
     refused += [answer.error] if answer.error else []
     if refused:
-        raise UserError(f"{path}: Kaggle refused it: {scrub('; '.join(refused))}. Mend the file and push again.")
+        said = scrub("; ".join(refused))
+        runs = (
+            "" if answer.error or not answer.version_number else f" It runs without: stop it at {CODE}/{kernel['id']}."
+        )
+        raise UserError(f"{path}: Kaggle refused it: {said}.{runs} {remedy(said, 'Mend the file and push again.')}")
     return f"{kernel['id']}/{answer.version_number}"
+
+
+def _look_for_a_session(api: Any, kernel: str) -> None:
+    """UserError where the kernel runs already: a push whose answer was lost may have started it."""
+    (user, slug), state = kernel.split("/"), None
+    with contextlib.suppress(UserError):  # where the look fails, the push will, or Kaggle has changed its ways
+        state = _state(api, "kernels", "GetKernelSessionStatus", {"userName": user, "kernelSlug": slug})
+    if state in ("QUEUED", "RUNNING", "NEW_SCRIPT"):
+        raise UserError(f"{kernel} runs on Kaggle already ({state}). Wait for it or stop it at {CODE}/{kernel}.")
 
 
 def _push_dataset(api: Any, folder: Path) -> None:
     """A new dataset, or a new version of it, with every file of the folder; waits until Kaggle has unpacked it."""
     described = read_json(folder / "dataset-metadata.json")
     ref, (owner, slug) = described["id"], described["id"].split("/")
-    exists = _status(api, ref) is not None
+    dataset = {"ownerSlug": owner, "datasetSlug": slug}
+    exists = _state(api, "datasets", "GetDatasetStatus", dataset) is not None
     paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
     uploads = [Upload(path) for path in paths]
     files = [{"token": _sent(api, upload)} for upload in uploads]
     if exists:
         body = {"versionNotes": "carvana kernel push", "files": files}
-        fields = {"ownerSlug": owner, "datasetSlug": slug, "body": body}
-        answer = _once(ref, call, api, "datasets", "CreateDatasetVersion", fields)
+        answer = _once(ref, call, api, "datasets", "CreateDatasetVersion", dataset | {"body": body})
     else:
         fields = {"title": described["title"], "licenseName": described["licenses"][0]["name"], "isPrivate": True}
         fields |= {"ownerSlug": owner, "slug": slug, "files": files}
         answer = _once(ref, call, api, "datasets", "CreateDataset", fields)
     if error := scrub(answer.get("error") or ""):
-        raise UserError(f"{folder}: Kaggle refused the dataset: {error}. Mend dataset-metadata.json.")
+        raise UserError(f"{folder}: Kaggle refused it: {error}. {remedy(error, 'Mend dataset-metadata.json.')}")
     for upload in uploads:
         upload.done()
-    _wait_until_ready(api, ref)
+    _wait_until_ready(api, dataset, SETTLING if exists else 0)
 
 
-def _wait_until_ready(api: Any, ref: str) -> None:
-    for _ in range(LOOKS):
-        status = _status(api, ref)
-        if status == "READY":
+def _wait_until_ready(api: Any, dataset: dict[str, str], settling: int) -> None:
+    """Look until the dataset is unpacked; the first `settling` times that it is ready may still be the old version."""
+    ref = "/".join(dataset.values())
+    print(f"dataset {ref}: waiting until Kaggle has unpacked it, {POLL * LOOKS // 60} minutes at most", flush=True)
+    for look in range(LOOKS):
+        state = _state(api, "datasets", "GetDatasetStatus", dataset)
+        if state == "READY" and look >= settling:
             return
-        if status in ("FAILED", "DELETED"):
+        if state in ("FAILED", "DELETED"):
             break
+        settling = settling if state == "READY" else 0  # the new version has been seen
         time.sleep(POLL)
-    raise UserError(f"dataset {ref}: Kaggle says {status}. Look at it on the site, then push again.")
+    raise UserError(f"dataset {ref}: Kaggle says {state}. Look at it on the site, then push again.")
 
 
 def _once(what: str, request: Callable, *values: Any) -> Any:
@@ -179,8 +216,12 @@ def _once(what: str, request: Callable, *values: Any) -> Any:
     try:
         with patched_http():
             return request(*values)
-    except Exception as error:
-        raise refusal(error, f"{what} was not pushed") from None
+    except (Exception, KeyboardInterrupt) as error:
+        if 400 <= status_of(error) < 500 and status_of(error) != 408:
+            raise refusal(error, f"{what} was not pushed") from None
+        reason = scrub(error) or type(error).__name__
+        look = f"It may be there, and a kernel may run. Look at {CODE}/{what} before you push again."
+        raise UserError(f"{what}: Kaggle's answer was lost ({reason}). {look}") from None
 
 
 def _sent(api: Any, upload: Upload) -> str:
@@ -195,20 +236,18 @@ def _sent(api: Any, upload: Upload) -> str:
     return upload.send(start)
 
 
-def _status(api: Any, ref: str) -> str | None:
-    """READY and the like; None for a dataset that does not exist."""
-    owner, slug = ref.split("/")
+def _state(api: Any, *asked: Any) -> str | None:
+    """READY, RUNNING and the like; None for a dataset or kernel that does not exist."""
 
     def look() -> str | None:
         try:
-            answer = call(api, "datasets", "GetDatasetStatus", {"ownerSlug": owner, "datasetSlug": slug})
-            return scrub(str(answer.get("status"))).upper()
+            return scrub(str(call(api, *asked).get("status"))).upper()
         except Exception as error:
             if status_of(error) in (403, 404):  # what is not there is nobody's to see
                 return None
             raise
 
-    return with_retries(f"dataset {ref}", look)
+    return with_retries(f"{asked[1]} of {'/'.join(asked[2].values())}", look)
 
 
 def install(suite: Path, dataset: Path) -> list[str]:
