@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
-
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from carvana.errors import UserError
 

@@ -277,7 +277,7 @@ def _complete(folder, wanted):
     return note.get("complete") and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
 
 
-def write_competition(folder, cars=12, test_cars=4, seed=1):
+def write_competition(folder: str | Path, cars: int = 12, test_cars: int = 4, seed: int = 1) -> None:
     """Write the demo in the competition's layout, 16 images a car; returns at once where it is all there.
 
     folder: new, empty, or this demo begun before, which is finished; `truth.csv` there is of the test images.

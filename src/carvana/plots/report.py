@@ -17,7 +17,7 @@ from PIL import Image
 from carvana.data.folds import HOLDOUT
 from carvana.files import project_root, write_text
 from carvana.kaggle.submit import ledger_rows
-from carvana.metrics import error_shares, mean_over_cars
+from carvana.metrics import error_shares, score_over_cars
 from carvana.plots import style
 from carvana.run import Run
 
@@ -92,7 +92,7 @@ def _headline(scores: pd.DataFrame) -> Iterator[dict[str, Any]]:
     unseen = scores["fold"] == HOLDOUT
     for label, rows in (("unseen cars", scores[unseen]), ("out of fold, selected on these folds", scores[~unseen])):
         if len(rows):
-            means = {name: mean_over_cars(rows[name], rows["car"]) for name in ("dice", "iou")}
+            means = {name: score_over_cars(rows[name], rows["car"]) for name in ("dice", "iou")}
             yield {"label": label, "images": len(rows), "cars": rows["car"].nunique()} | means
 
 

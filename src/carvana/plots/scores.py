@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from carvana.metrics import error_shares, mean_over_cars
+from carvana.metrics import error_shares, score_over_cars
 from carvana.plots import style
 
 
@@ -29,7 +29,9 @@ def dice_by_view(scores: pd.DataFrame) -> Figure:
     """Mean Dice of every view with its 95 % interval over cars."""
     ax = style.chart(3.4)
     views = scores.groupby("view")
-    intervals = pd.DataFrame([mean_over_cars(rows["dice"], rows["car"]) for _, rows in views], index=list(views.groups))
+    intervals = pd.DataFrame(
+        [score_over_cars(rows["dice"], rows["car"]) for _, rows in views], index=list(views.groups)
+    )
     means = intervals["mean"]
     ax.errorbar(range(len(means)), means, _reach(intervals, "mean"), **style.DOTS)
     ax.set_xticks(range(len(means)), list(means.index))
@@ -84,6 +86,7 @@ def gains(table: pd.DataFrame) -> Figure:
 def variant_text(variant: str) -> str:
     """What a variant of evaluation.gains lacks: a version of the image, or all folds or runs but one."""
     texts = {"without none": "without the unflipped image", "without hflip": "without the mirrored image"}
+    texts |= {"equal": "all runs as equals, cut at 0.5"}
     if scale := re.fullmatch(r"without scale(.+)", variant):
         return f"without the image {scale[1]} times as large"
     subject = variant if re.fullmatch(r"fold [0-9]+", variant) else f"run {variant}"
