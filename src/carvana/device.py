@@ -22,6 +22,17 @@ def precision(amp: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
+def best() -> torch.device:
+    """A GPU of any make where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_processes(processes: int) -> None:
+    """UserError where several processes would train on one GPU."""
+    if processes > 1 and 0 < gpu_count() < processes:
+        raise UserError(f"processes is {processes}, but there are {gpu_count()} GPUs. Let each have one of its own.")
+
+
 def gpu_count() -> int:
     """GPUs of this machine."""
     return torch.cuda.device_count()

@@ -1,6 +1,7 @@
 """Work on several threads and processes, and the progress bar that goes with it."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import deque
@@ -53,21 +54,26 @@ def launch(module: str, arguments: Iterable[object], processes: int, on_line: Ca
     """Run `python -m module arguments` in connected processes, each on a device of its own, by `accelerate launch`.
 
     What they write to stderr goes to ours, and `on_line` is called after each line. UserError with the line
-    `carvana: ...` of a process that failed.
+    `carvana: ...` of a process that failed, or with the error that ended it.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "-m", module, *map(str, arguments)]
-    reason = ""
+    reason = error = ""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             for line in process.stderr or ():
                 if not reason and line.startswith("carvana: "):
                     reason = line.removeprefix("carvana: ").strip()
+                if not error and re.match(
+                    r"(?!.*ChildFailedError)(\[rank\d+\]: )?\w[\w.]*(Error|Exception|Interrupt)\b", line
+                ):
+                    error = line.strip()
                 if not reason:  # what follows is the launcher's own traceback
                     print(line, end="", file=sys.stderr)
                 on_line()
         finally:
             process.terminate()
     if process.returncode:
-        raise UserError(reason or f"The {processes} processes were killed. Lower batch_size, then workers.")
+        killed = f"The {processes} processes were killed, most likely for memory. Lower batch_size, then workers."
+        raise UserError(reason or (f"One of {processes} processes failed: {error}" if error else killed))

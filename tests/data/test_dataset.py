@@ -22,6 +22,12 @@ def test_cache_holds_what_decoding_gives(source, tmp_path):
             assert np.array_equal(actual, expected)
 
 
+def test_cache_is_built_where_the_system_cannot_reserve_space(source, tmp_path, monkeypatch):
+    monkeypatch.delattr("os.posix_fallocate")  # as on macOS and Windows
+    cached = dataset.cached(source, tmp_path)
+    assert np.array_equal(cached[3][0], source[3][0])
+
+
 def test_cache_is_built_once_and_anew_for_another_size(source, tmp_path):
     first = dataset.cached(source, tmp_path).path
     built = first.stat().st_mtime_ns

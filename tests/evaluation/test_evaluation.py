@@ -117,6 +117,15 @@ def test_scores_of_a_fold_are_kept_for_each_set_of_members_and_read_again(shared
     pd.testing.assert_frame_equal(again, scores)
 
 
+@pytest.mark.parametrize("kind", ["scores", "errors"])
+@pytest.mark.parametrize("damage", [b"", b"img,dice\n", None])
+def test_kept_scores_that_are_not_as_they_were_written_are_made_anew(shared_competition, runs, scores, kind, damage):
+    for kept in runs[0].fold_dir(0).glob(f"{kind}-*"):
+        text = kept.read_bytes()
+        kept.write_bytes(text[: len(text) * 2 // 3] if damage is None else damage)
+    pd.testing.assert_frame_equal(evaluate(shared_competition, runs).scores, scores)
+
+
 def test_ensemble_json_names_every_fold_of_every_run_with_its_weight(runs, scores):
     evaluation.write_results(runs[0], scores, runs, ["none"], Settings([0.25, 0.75], 0.4))
     spec = EnsembleSpec.read(runs[0].ensemble_path)

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from carvana import models
 from carvana.data.competition import Competition
 from carvana.errors import UserError
+from carvana.metrics import PixelCounts
 from carvana.training.launch import train
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 from carvana.training.state import TrainState
 from carvana.training.trainer import Trainer
-from carvana.training.validation import Scores
+from carvana.training.validation import Scores, Validator
 
 LEARNS = {"epochs": 16, "batch_size": 2, "validate_every": 4}
 
@@ -261,6 +262,54 @@ def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(sh
     history = train(trainer)
     assert trainer.finished
     assert history["images_seen"].tolist() == [0, 8, 16]
+
+
+def test_parameters_that_a_network_does_not_use_can_be_shared_by_processes(shared_competition, tmp_path):
+    script = tmp_path / "shared.py"
+    layers = "torch.nn.Conv2d(3, 1, 3, padding=1)"
+    unused = f"{layers}; network.register_parameter('unused', torch.nn.Parameter(torch.zeros(3)))"
+    build = f"def build(config):\n    network = {unused}\n    return network\n"
+    script.write_text(
+        f"import sys, torch\nfrom carvana import models\nfrom carvana.training import launch\n{build}"
+        "models.build_network = build\nsys.exit(launch.main(sys.argv[1:]))\n"
+    )
+    begun(shared_competition, tmp_path / "run", batch_size=2)
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, str(script), str(tmp_path), "run", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_several_processes_never_train_on_one_gpu(shared_competition, tmp_path, monkeypatch):
+    monkeypatch.setattr("carvana.device.gpu_count", lambda: 1)
+    run = begun(shared_competition, tmp_path / "run")
+    with pytest.raises(UserError, match="processes is 2, but there are 1 GPUs"):
+        Trainer(run, Competition(shared_competition), Recipe.from_parameters(run.parameters()), 0, processes=2)
+
+
+def test_a_device_without_double_precision_is_never_given_any(monkeypatch):
+    alone = SimpleNamespace(device=torch.device("mps"), process_index=0, num_processes=1)
+    counts = PixelCounts(np.array([4.0, 0.0]), np.array([4.0, 1.0]), np.array([4.0, 1.0]))
+    monkeypatch.setattr(Validator, "pixel_counts", lambda *_: counts)
+    validator = Validator(pd.DataFrame(), None, 1, alone)
+    assert validator.scores(torch.nn.Identity(), np.arange(2)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["nmuon", "adamw", "adam", "sgd", "lamb"])
+def test_an_overflow_in_the_first_step_leaves_no_trace(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(models, "build_network", lambda config: torch.nn.Conv2d(3, 1, 3, padding=1))
+    state = TrainState(recipe(optimizer=name, ema=0.0), 0, 4, "data", tmp_path / "state.pt")
+    optimizer, weight = state.optimizer.optimizer, state.model.net.weight
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient in (math.inf, 1.0):
+        before = weight.detach().clone()
+        scaler.scale((gradient * weight).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(weight, before) == (gradient == math.inf)
+        assert weight.isfinite().all()
+        assert (weight - before).abs().max() < 1
 
 
 @pytest.mark.parametrize("fold", [-1, 2])

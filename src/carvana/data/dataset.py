@@ -1,6 +1,5 @@
 """Training samples at network size: the uint8 cache, and albumentations with random states that never repeat."""
 
-import fcntl
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
@@ -85,8 +85,7 @@ def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSampl
     """
     path = folder / f"{source.key}.npy"
     folder.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
                 return source
@@ -99,8 +98,9 @@ def _build(source: DecodedSamples, path: Path) -> None:
     shape = len(source), 4, source.height, source.width
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        with temporary.open("r+b") as file:  # a disk that fills later would end the process without a word
-            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+        if hasattr(os, "posix_fallocate"):  # where a disk that fills later would end the process without a word
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(

@@ -15,13 +15,14 @@ from carvana import metrics
 from carvana.data.competition import Competition
 from carvana.data.folds import HOLDOUT
 from carvana.data.images import mask_of
+from carvana.errors import UserError
 from carvana.evaluation.label_issues import CONFIDENCE, PATCH, label_issue_pixels
-from carvana.files import atomic, fingerprint, sha256, write_text
+from carvana.files import UNREADABLE, atomic, fingerprint, sha256, write_text
 from carvana.grid import resize
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import Batch, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
-from carvana.parallel import progress
+from carvana.parallel import overlapped, progress
 from carvana.records import SCORES
 from carvana.run import Run, read_csv
 
@@ -63,41 +64,45 @@ class FoldScorer:
         key = fingerprint(hashes, names, self.tta, truth, competition.train_images.stamp(), settings)
         folder = self.runs[0].fold_dir(self.fold)
         path, errors = folder / f"scores-{key}.csv", folder / f"errors-{key}.npz"
-        if path.exists() and errors.exists():
-            with np.load(errors) as kept:
-                maps = dict(zip(kept["views"].tolist(), kept["sums"], strict=True))
-                return Evaluation(read_csv(path, SCORES), maps)
+        if kept := _read_kept(path, errors):
+            return kept
         evaluation = self._score_all(competition, samples, batch_size)
+        write_text(path, evaluation.scores.to_csv(index=False))
         with atomic(errors) as file:
             views, sums = zip(*evaluation.error_maps.items(), strict=True)
-            np.savez_compressed(file, views=views, sums=np.array(sums))
-        write_text(path, evaluation.scores.to_csv(index=False))
+            np.savez_compressed(file, views=views, sums=np.array(sums), sha256=sha256(path))
         return evaluation
 
     def _score_all(self, competition: Competition, samples: pd.DataFrame, batch_size: int) -> Evaluation:
+        """Scored on all cores while the networks go on with the next batch."""
         ensemble = Ensemble(EnsembleSpec.equal(self.checkpoints, self.tta))
         rows: list[dict[str, Any]] = []
         error_maps: dict[int, np.ndarray] = {}
-        with progress(None, f"scoring {self.runs[0].fold_dir(self.fold).name}", total=len(samples)) as bar:
-            dataset = InferenceDataset(competition.train_images, samples["img"].tolist(), ensemble.sizes)
-            for batch in predict_batches(ensemble, dataset, in_batches(len(samples), batch_size)):
-                for row, errors in self._score_batch(batch, samples.iloc[batch.rows]):
-                    rows.append(row)
-                    error_maps[row["view"]] = error_maps.get(row["view"], 0) + errors
-                bar.update(len(batch.rows))
+        dataset = InferenceDataset(competition.train_images, samples["img"].tolist(), ensemble.sizes)
+        batches = predict_batches(ensemble, dataset, in_batches(len(samples), batch_size))
+        images = (image for batch in batches for image in self._images(batch, samples.iloc[batch.rows]))
+        what = f"scoring {self.runs[0].fold_dir(self.fold).name}"
+        for row, errors in progress(overlapped(self._score, images), what, total=len(samples)):
+            rows.append(row)
+            error_maps[row["view"]] = error_maps.get(row["view"], 0) + errors
         scores = pd.DataFrame(rows)
         scores.insert(3, "fold", self.fold)
         return Evaluation(scores, error_maps)
 
-    def _score_batch(self, batch: Batch, samples: pd.DataFrame) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """A row of the table and an error map for each image of a batch."""
+    def _images(self, batch: Batch, samples: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
+        """What `_score` needs of each image of a batch."""
         variants, (least, most) = self._variants(batch.logits), extremes(batch.logits)
         for i, sample in enumerate(samples.itertuples()):
-            true = mask_of(sample)
-            of_image = {name: blended[i] for name, blended in variants.items()}
-            scores, predicted = self._score_image(of_image, true)
-            row = {"img": sample.img, "car": sample.car, "view": sample.view}
-            yield row | scores | label_issue_pixels(least[i], most[i], true), error_map(predicted, true)
+            yield sample, {name: blended[i] for name, blended in variants.items()}, least[i], most[i]
+
+    def _score(
+        self, sample: Any, variants: dict[str, BlendedLogits], least: BlendedLogits, most: BlendedLogits
+    ) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
+        """A row of the table and the error map of an image."""
+        true = mask_of(sample)
+        scores, predicted = self._score_image(variants, true)
+        row = {"img": sample.img, "car": sample.car, "view": sample.view}
+        return row | scores | label_issue_pixels(least, most, true), error_map(predicted, true)
 
     def _variants(self, logits: list[torch.Tensor]) -> dict[str, list[BlendedLogits]]:
         """A batch's blended logits by column: the ensemble, every simpler variant, every other weighting."""
@@ -129,6 +134,17 @@ class FoldScorer:
         simpler = {name: blended for name, blended in variants.items() if name != "dice"}
         row |= {name: _dice(blended.enlarge(true.shape) > 0, true) for name, blended in simpler.items()}
         return row, predicted
+
+
+def _read_kept(path: Path, errors: Path) -> Evaluation | None:
+    """Scores and error maps of an earlier call; None where they are missing, damaged or not as they were written."""
+    try:
+        with np.load(errors) as kept:
+            if str(kept["sha256"]) == sha256(path):
+                return Evaluation(read_csv(path, SCORES), dict(zip(kept["views"].tolist(), kept["sums"], strict=True)))
+    except (*UNREADABLE, UserError, KeyError, ValueError):
+        pass
+    return None
 
 
 def _dice(predicted: np.ndarray, true: np.ndarray) -> float:

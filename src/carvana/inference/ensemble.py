@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
+from carvana import device
 from carvana.data.images import Size
-from carvana.device import gpu_count, precision
 from carvana.errors import UserError
 from carvana.files import parse_list, read_json, write_json
 from carvana.grid import STRIDE
@@ -67,10 +67,10 @@ class Ensemble:
             raise UserError("The ensemble has no checkpoints. Train a fold with 03_train first.")
         parse_tta(",".join(spec.tta))
         self.spec = spec
-        self.device = torch.device("cuda" if gpu_count() else "cpu")
+        self.device = device.best()
         loaded = [load_checkpoint(path) for path in spec.checkpoints]
         self.models = [model.to(self.device) for model, _ in loaded]
-        self.dtypes = [DTYPES["no" if facts.get("amp") == "no" else precision("auto")] for _, facts in loaded]
+        self.dtypes = [DTYPES["no" if facts.get("amp") == "no" else device.precision("auto")] for _, facts in loaded]
 
     @property
     def sizes(self) -> list[Size]:

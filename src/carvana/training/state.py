@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -20,7 +20,7 @@ from carvana.models import SegmentationModel, load_encoder
 from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 
-FUSED = ("adam", "adamw", "sgd")  # optimisers that torch runs in one kernel
+FUSED = ("adam", "adamw")  # run in one kernel; so would sgd, but an overflow in its first step breaks its momentum
 LOGIT_STEPS = 16  # kept logits are whole sixteenths: (n, height, width) int8, about 20 KB an image
 
 
@@ -111,7 +111,7 @@ class TrainState:
     def resume(self) -> None:
         """Take up what state.pt holds; UserError where it belongs to another recipe or other data."""
         try:
-            contents = torch.load(self.path, self.device, weights_only=True)
+            contents = torch.load(self.path, "cpu", weights_only=True)  # a step counter on a GPU would be waited for
         except Exception as error:  # a broken file raises one of many
             advice = f"Delete {self.path.parent} to train this fold anew."
             raise UserError(f"{self.path} cannot be read. {advice}") from error
@@ -147,6 +147,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         cpu=connected() and not torch.cuda.is_available(),  # else Accelerate leaves processes on a CPU unconnected
         mixed_precision=precision(recipe.amp),
         gradient_accumulation_steps=recipe.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # some encoders have them
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from carvana.data.competition import Competition
 from carvana.data.dataset import TrainDataset, batches, training_samples
-from carvana.device import use_gpu
+from carvana.device import check_processes, use_gpu
 from carvana.errors import UserError
 from carvana.files import fingerprint, write_text
 from carvana.models import save_checkpoint
@@ -51,6 +51,7 @@ class Trainer:
         if not run.checkpoint(fold).exists() and (self.folder / "state.pt").exists():
             print(f"{run.checkpoint(fold)} is lost: the fold is trained anew.")
             (self.folder / "state.pt").unlink(missing_ok=True)
+        check_processes(processes)
         use_gpu(fold)
         self.state = TrainState(recipe, fold, len(keys) // processes, data, self.folder / "state.pt")
         self.rank = self.state.accelerator.process_index

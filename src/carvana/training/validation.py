@@ -53,8 +53,10 @@ class Validator:
         """Mean Dice and IoU of `rows`, shared among the processes that train together."""
         accelerator = self.accelerator
         counts = self.pixel_counts(network, rows[accelerator.process_index :: accelerator.num_processes])
-        sums = torch.tensor([dice(counts).sum(), iou(counts).sum(), np.size(counts.true)], device=accelerator.device)
-        dice_sum, iou_sum, n = accelerator.reduce(sums).tolist()
+        sums = torch.tensor([dice(counts).sum(), iou(counts).sum(), np.size(counts.true)])
+        if accelerator.num_processes > 1:  # Apple's GPUs, which know no float64, work alone
+            sums = accelerator.reduce(sums.to(accelerator.device))
+        dice_sum, iou_sum, n = sums.tolist()
         return Scores(dice_sum / n, iou_sum / n)
 
     def _count(self, row: int, logits: np.ndarray) -> PixelCounts:
