@@ -24,15 +24,15 @@ def turntable(images: Archive, samples: pd.DataFrame, car: str) -> Figure:
     views = samples[samples["car"] == car].sort_values("view")
     (low, least), (high, most) = style.ends(views.set_index("view")["area"])
     text = f"Car {car} covers {least:.1%} of the image (view {low}) to {most:.1%} (view {high})"
-    figure, axes = style.panels(len(views), 4, views["height"].iloc[0] / views["width"].iloc[0], text)
+    figure, axes = style.panels(len(views), 4, views["height"].iloc[0] / views["width"].iloc[0])
     for ax, view in zip(axes, views.itertuples(), strict=False):
         Outlined(*thumbnail(images, view)).draw(ax, f"view {view.view}: {view.area:.1%} car")
-    return figure
+    return style.set_title(figure, text)
 
 
 def areas(samples: pd.DataFrame) -> Figure:
     """Share of the image that is car: a box for every view."""
-    ax = style.chart(3.8)
+    (ax,) = style.charts(3.8)
     views = samples.groupby("view")["area"]
     look: dict[str, Any] = {"boxprops": {"facecolor": style.TRUE_COLOUR, "alpha": 0.5}, "flierprops": {"markersize": 3}}
     ax.boxplot([area for _, area in views], widths=0.6, patch_artist=True, medianprops={"color": "black"}, **look)
@@ -52,18 +52,18 @@ def areas_by_make(samples: pd.DataFrame, makes: pd.Series, count: int = 14) -> F
     common = make[make != "unknown"].value_counts().index[:count]
     make = make.where(make.isin([*common, "unknown"]), "other makes")
     means = cars.groupby(make).mean().sort_values()
-    colours = {name: style.TRUE_COLOUR for name in means.index if name in common}
-    colours |= {name: style.SERIES_COLOUR for name in ("other makes", "unknown") if name in means}
-    title = f"Cars cover from {cars.min():.1%} to {cars.max():.1%} of the image"
+    colours = dict.fromkeys(means.index[means.index.isin(common)], style.TRUE_COLOUR)
+    colours |= dict.fromkeys(means.index.difference(common), style.SERIES_COLOUR)
+    title = f"cars from {cars.min():.1%} to {cars.max():.1%}"
     if len(common):
         (low, least), (high, most) = style.ends(means[common])
-        title += f", makes from {least:.1%} ({low}) to {most:.1%} ({high})"
-    return _strips(cars, make, colours, title)
+        title = f"makes from {low} ({least:.1%}) to {high} ({most:.1%}), {title}"
+    return _strips(cars, make, colours, f"Areas: {title}")
 
 
 def _strips(cars: pd.Series, groups: pd.Series, colours: dict[str, str], title: str) -> Figure:
     """Mean areas by car, a dot each, in a strip a group; colours: by group, from below."""
-    ax = style.chart(1.3 + 0.26 * len(colours))
+    (ax,) = style.charts(1.3 + 0.26 * len(colours))
     for at, (name, colour) in enumerate(colours.items()):
         areas = cars[groups == name].sort_values()
         ax.plot(areas, at + np.linspace(-0.3, 0.3, len(areas) + 2)[1:-1], "o", markersize=4, alpha=0.6, color=colour)
@@ -83,7 +83,7 @@ def mean_mask(samples: pd.DataFrame) -> Figure:
     text = f"{never:.0%} of the image is never car, {always:.1%} always is; cars differ most in view {most}"
     columns = min(8, len(views))
     half = -(-len(views) // columns) * columns  # panels of the means; the spreads start a row of their own
-    figure, axes = style.panels(2 * half, columns, height / width, text, line=0.3)
+    figure, axes = style.panels(2 * half, columns, height / width, line=0.3)
     kinds = ("cars that cover it", means, "cividis", 1), ("spread (sigma)", spreads, "magma", 0.5)
     for part, (kind, maps, colours, top) in zip((axes[:half], axes[half:]), kinds, strict=True):
         for ax, view, shares in zip(part, views, maps, strict=False):
@@ -91,12 +91,12 @@ def mean_mask(samples: pd.DataFrame) -> Figure:
             ax.set_title(f"view {view}", fontsize=style.FONT_SIZE - 1.5)
         bar = figure.colorbar(shown, ax=part, format=PercentFormatter(1))
         bar.set_label(kind, fontsize=style.FONT_SIZE - 1)
-    return figure
+    return style.set_title(figure, text)
 
 
 def contrasts(cars: pd.DataFrame) -> Figure:
     """Each car of `statistics.background_contrast` as a dot of its own colour on the background's, nearest first."""
-    ax = style.chart(3.8)
+    (ax,) = style.charts(3.8)
     at, near = np.arange(1, len(cars) + 1), cars["contrast"] < NEAR
     ax.set_facecolor(tuple(cars[BACKGROUND_RGB].median()))
     ax.scatter(at, cars["contrast"], s=60, c=cars[CAR_RGB].to_numpy(), edgecolors="black", linewidths=0.4)
@@ -115,7 +115,7 @@ def odd_masks(images: Archive, samples: pd.DataFrame, odd: pd.DataFrame) -> Figu
     worst = np.expm1(order["ratio"].max()), odd["fragment"].max(), odd["hole"].max()
     text = "The oddest of {} masks: area off by {:.0%}, patch of {}, gap of {} pixels"
     aspect = samples["height"].iloc[0] / samples["width"].iloc[0]
-    figure, axes = style.panels(3 * ODD_SHOWN, ODD_SHOWN, aspect, text.format(len(odd), *worst), line=0.4)
+    figure, axes = style.panels(3 * ODD_SHOWN, ODD_SHOWN, aspect, line=0.4)
     look: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": style.HIGHLIGHT_COLOUR, "markeredgewidth": 2}
     for line, (kind, oddness) in enumerate(order.items()):
         for ax, at in zip(axes[line * ODD_SHOWN :], oddness[oddness > 0].nlargest(ODD_SHOWN).index, strict=False):
@@ -125,7 +125,7 @@ def odd_masks(images: Archive, samples: pd.DataFrame, odd: pd.DataFrame) -> Figu
             if kind != "ratio":
                 place = np.array(odd.loc[at, f"{kind}_at"]) * image.shape[1] / sample.width
                 ax.plot(*place, "o", markersize=16, **look)
-    return figure
+    return style.set_title(figure, text.format(len(odd), *worst))
 
 
 def fold_balance(samples: pd.DataFrame, folds: pd.DataFrame) -> Figure:
@@ -141,7 +141,7 @@ def fold_balance(samples: pd.DataFrame, folds: pd.DataFrame) -> Figure:
 
 def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
     """Predicted areas of test images against areas of training masks; `area` of both tables is a share."""
-    ax = style.chart(3.2)
+    (ax,) = style.charts(3.2)
     bins = np.linspace(0, max(test["area"].max(), train["area"].max(), 0.01), 41).tolist()
     named = {"training masks": (train, style.TRUE_COLOUR), "predicted test masks": (test, style.PREDICTED_COLOUR)}
     for text, (table, colour) in named.items():

@@ -87,13 +87,12 @@ def error_overlays(competition: Competition, predicted: Masks, titles: Mapping[s
     """
     counts = np.zeros(2)  # of false negatives and false positives
     aspect = competition.samples["height"].iloc[0] / competition.samples["width"].iloc[0]
-    figure, axes = style.panels(2 * len(titles), 4, aspect, "", line=0.4, foot=0.3)
+    figure, axes = style.panels(2 * len(titles), 4, aspect, line=0.4, foot=0.3)
     painted = _painted(competition, predicted, titles)
     for whole, close, (name, image, true, wrong) in zip(axes[::2], axes[1::2], painted, strict=False):
         counts += np.count_nonzero(wrong & true), np.count_nonzero(wrong & ~true)
-        place, shown = densest(wrong), true | wrong
-        shown[place] = True  # the frame must not leave the panel
-        Outlined(image, true).draw(whole, titles[name], _around(shown), place)
+        place = densest(wrong)
+        Outlined(image, true).draw(whole, titles[name], frame=place)
         Outlined(image, true, halo=0).draw(close, "where most is wrong", place)
     style.colour_legend(figure, style.ERROR_LEGEND)
     share, (missed, taken) = counts[0] / max(1, counts.sum()), style.ERROR_TEXTS.values()
@@ -135,11 +134,11 @@ def predicted_outlines(
     """Images with the outline of their predicted masks; probabilities: (H, W) in [0, 1] for each of `names`."""
     names, shares = list(names), []
     height, width = image_size(images, names[0])
-    figure, axes = style.panels(len(names), 3, height / width, "", line=0.35)
+    figure, axes = style.panels(len(names), 3, height / width, line=0.35)
     for ax, name, probability in zip(axes, names, probabilities, strict=False):
         mask = probability > threshold
         shares.append(mask.mean())
-        Outlined(read_full_image(images, name), mask, style.PREDICTED_COLOUR).draw(ax, name, _around(mask))
+        Outlined(read_full_image(images, name), mask, style.PREDICTED_COLOUR).draw(ax, name)
     return style.set_title(figure, f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the image")
 
 
@@ -149,7 +148,7 @@ def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Itera
     titles: by image, in the order of `probabilities`, (H, W) in [0, 1] each.
     """
     height, width = image_size(images, next(iter(titles)))
-    figure, axes = style.panels(2 * len(titles), 4, height / width, "", line=0.4)
+    figure, axes = style.panels(2 * len(titles), 4, height / width, line=0.4)
     shares = []
     for whole, close, name, probability in zip(axes[::2], axes[1::2], titles, probabilities, strict=False):
         image, unsure = read_full_image(images, name), np.abs(probability - 0.5) < UNSURE
@@ -162,26 +161,19 @@ def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Itera
     return style.set_title(figure, text)
 
 
-def _around(mask: np.ndarray) -> Window:
-    """A window of the image's shape around a mask; all of it for an empty mask."""
-    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    share = 1.08 * max(height / mask.shape[0], width / mask.shape[1])
-    return _window(mask.shape, (top + height / 2, left + width / 2), share or 1)
-
-
 def densest(marked: np.ndarray, share: float = CLOSE_UP) -> Window:
     """The window, `share` of the sides of `marked` (H, W) bool, around most marked pixels."""
     height, width = (max(1, round(side * share / 2)) for side in marked.shape)
     density = marked.astype(np.float32)
     for _ in range(2):  # twice: what is in the middle of the window counts most
         density = cv2.boxFilter(density, -1, (width, height), borderType=cv2.BORDER_CONSTANT).astype(np.float32)
-    row, column = divmod(int(density.argmax()), marked.shape[1])
-    return _window(marked.shape, (row, column), share)
-
-
-def _window(shape: Iterable[int], centre: Iterable[float], share: float) -> Window:
-    """`share` of an image's sides around a place, within the image."""
-    sizes = [max(2, round(side * min(1, share))) for side in shape]
-    firsts = [min(max(0, round(m - s / 2)), side - s) for m, s, side in zip(centre, sizes, shape, strict=True)]
-    rows, columns = (slice(first, first + size) for first, size in zip(firsts, sizes, strict=True))
+    middles = divmod(int(density.argmax()), marked.shape[1])
+    rows, columns = (_span(side, middle, share) for side, middle in zip(marked.shape, middles, strict=True))
     return rows, columns
+
+
+def _span(side: int, middle: int, share: float) -> slice:
+    """`share` of a side around a place, within the image."""
+    size = max(2, round(side * share))
+    first = min(max(0, round(middle - size / 2)), side - size)
+    return slice(first, first + size)

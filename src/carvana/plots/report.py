@@ -124,7 +124,7 @@ def _colour(fold: str) -> str:
 def _charts(histories: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
     """The columns CHARTS of all histories against epochs, a line a fold; columns without numbers are left out."""
     for column, (caption, scale) in CHARTS.items():
-        ax = style.chart(2.7)
+        (ax,) = style.charts(2.7)
         for fold, history in histories.items():
             rows = history.dropna(subset=[column])
             ax.plot(rows["epoch"], style.inside(rows[column], scale), "o-", color=_colour(fold), markersize=4)
@@ -172,12 +172,11 @@ def _tiles(run: Run, page: Path, room: int = 0) -> Iterator[dict[str, Any]]:
 
 def compact(path: Path) -> tuple[str, bytes]:
     """Kind ("png" or "jpeg") and bytes of a saved figure, as small as it stays good."""
-    data = path.read_bytes()
-    if len(data) <= AS_PNG:
-        return "png", data
+    if path.stat().st_size <= AS_PNG:
+        return "png", path.read_bytes()
     smaller = io.BytesIO()
     Image.open(path).convert("RGB").save(smaller, "jpeg", quality=88)
-    return ("jpeg", smaller.getvalue()) if smaller.tell() < len(data) else ("png", data)
+    return "jpeg", smaller.getvalue()
 
 
 def _tables(run: Run, name: str) -> Iterator[tuple[str, dict[str, str]]]:

@@ -14,7 +14,7 @@ from carvana.plots import style
 
 def dice_distribution(scores: pd.DataFrame) -> Figure:
     """Dice of all images."""
-    ax = style.chart(3.2)
+    (ax,) = style.charts(3.2)
     dices, middle, tail = style.inside(scores["dice"]), scores["dice"].median(), scores["dice"].quantile(0.05)
     logits = np.log(dices / (1 - dices))
     edges = np.linspace(logits.min() - 0.05, logits.max() + 0.05, min(41, 6 + len(dices) // 8))
@@ -27,7 +27,7 @@ def dice_distribution(scores: pd.DataFrame) -> Figure:
 
 def dice_by_view(scores: pd.DataFrame) -> Figure:
     """Mean Dice of every view with its 95 % interval over cars."""
-    ax = style.chart(3.4)
+    (ax,) = style.charts(3.4)
     views = scores.groupby("view")
     intervals = pd.DataFrame(
         [score_over_cars(rows["dice"], rows["car"]) for _, rows in views], index=list(views.groups)
@@ -42,7 +42,7 @@ def dice_by_view(scores: pd.DataFrame) -> Figure:
 
 def dice_by_car(scores: pd.DataFrame) -> Figure:
     """Mean Dice of every car, sorted, the worst (at most a third of all) by name."""
-    ax = style.chart(3.8)
+    (ax,) = style.charts(3.8)
     cars = scores.groupby("car")["dice"].mean().sort_values()
     worst = cars.head(max(1, min(style.NAMED, len(cars) // 3)))
     dices, at = style.inside(cars), np.arange(1, len(cars) + 1)
@@ -58,12 +58,12 @@ def dice_by_car(scores: pd.DataFrame) -> Figure:
 
 def error_parts(scores: pd.DataFrame) -> Figure:
     """What the wrong pixels are made of, by distance from the true edge."""
-    ax = style.chart(3)
+    (ax,) = style.charts(3)
     parts = error_shares(scores).join(style.PARTS)
     bars = ax.barh(parts["text"], parts["share"], color=parts["colour"])
     texts = [f"{part.share:.1%}, {part.pixels:,.0f} pixels an image" for part in parts.itertuples()]
     ax.bar_label(bars, texts, fontsize=style.FONT_SIZE - 1, padding=3)
-    ax.set_xlim(0, max(parts["share"].max(), 0.01) * 1.45)
+    ax.set_xlim(0, max(parts["share"].max(), 0.01) * 1.6)
     ax.invert_yaxis()
     near = parts.loc[["edge_1", "edge_3"], "share"].sum()
     title = f"{near:.0%} of the wrong pixels lie within 3 pixels of the true edge"
@@ -72,7 +72,7 @@ def error_parts(scores: pd.DataFrame) -> Figure:
 
 def gains(table: pd.DataFrame) -> Figure:
     """What the ensemble gains over each simpler variant, with paired 95 % intervals; table of evaluation.gains."""
-    ax = style.chart(1.4 + 0.4 * max(1, len(table)))
+    (ax,) = style.charts(1.4 + 0.4 * max(1, len(table)))
     table = table.sort_values("gain", ignore_index=True)
     ax.errorbar(table["gain"], table.index, xerr=_reach(table), **style.DOTS)
     ax.set_yticks(table.index, table["variant"].map(variant_text))
@@ -110,7 +110,7 @@ def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float)
     (_, height, width), top = every.shape, max(0.01, np.quantile(every, 0.998))
     _, (view, most) = style.ends(pd.Series(every.mean((1, 2)), list(wrong)))
     text = f"View {view} has most wrong pixels, {most:.2%} of the image"
-    figure, axes = style.panels(len(means), 4, aspect, text, foot=0.3)
+    figure, axes = style.panels(len(means), 4, aspect, foot=0.3)
     for ax, (view, mean) in zip(axes, means.items(), strict=False):
         ax.imshow(_inked(mean[:2] / top), aspect=aspect * width / height)
         if mean[2].min() < 0.5 < mean[2].max():
@@ -118,7 +118,7 @@ def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float)
         ax.set_title(f"view {view}: {wrong[view].mean():.2%} wrong", fontsize=style.FONT_SIZE - 1.5)
     title = f"full colour: wrong in {top:.0%} of the images or more"
     style.colour_legend(figure, style.ERROR_TEXTS | {style.TRUE_COLOUR: "mean outline"}, title)
-    return figure
+    return style.set_title(figure, text)
 
 
 def _inked(shares: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ def _inked(shares: np.ndarray) -> np.ndarray:
 
 def dice_by_threshold(table: pd.DataFrame) -> Figure:
     """What other thresholds gain over 0.5, with paired 95 % intervals; table of evaluation.by_threshold."""
-    ax = style.chart(3.4)
+    (ax,) = style.charts(3.4)
     ax.errorbar(table["threshold"], table["gain"], _reach(table), **style.DOTS)
     best = table.nlargest(1, "gain").iloc[0]
     ax.plot(best["threshold"], best["gain"], "o", color=style.HIGHLIGHT_COLOUR, markersize=9)

@@ -73,7 +73,7 @@ def fold_colour(fold: int) -> str:
     return HOLDOUT_COLOUR if fold == HOLDOUT else FOLD_COLOURS[fold % len(FOLD_COLOURS)]
 
 
-def panels(count: int, columns: int, aspect: float, title: str, **inches: float) -> tuple[Page, list[Axes]]:
+def panels(count: int, columns: int, aspect: float, **inches: float) -> tuple[Page, list[Axes]]:
     """Panels for images of height / width = `aspect`.
 
     inches: `line` for the title of each panel (0.25), `foot` below all (0).
@@ -82,34 +82,27 @@ def panels(count: int, columns: int, aspect: float, title: str, **inches: float)
     rows, width = -(-count // columns), min(PAGE_WIDTH, max(5, 3.2 * columns))
     height = rows * (width / columns * aspect + inches.get("line", 0.25)) + 0.35 + inches.get("foot", 0)
     figure = Page(figsize=(width, height), layout="constrained")
-    set_title(figure, title)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.set_axis_off()
     return figure, axes
 
 
-def set_title(figure: Figure, title: str) -> Figure:
+def set_title(figure: Page, title: str) -> Page:
     """Write above all panels what the figure says, and hand it back."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=FONT_SIZE + 1, fontweight="bold")
     return figure
 
 
-def charts(height: float, rows: int = 1, columns: int = 1) -> tuple[Page, list[Axes]]:
+def charts(height: float, rows: int = 1, columns: int = 1) -> list[Axes]:
     """Axes of the suite's look in a page of `height` inches."""
-    figure = Page(figsize=(PAGE_WIDTH, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(Page(figsize=(PAGE_WIDTH, height), layout="constrained").subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=FONT_SIZE - 1)
         ax.grid(alpha=0.25)
         ax.set_axisbelow(True)
-    return figure, axes
-
-
-def chart(height: float) -> Axes:
-    """The only axes of a page of `height` inches."""
-    return charts(height)[1][0]
+    return axes
 
 
 def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "") -> Figure:

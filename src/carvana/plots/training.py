@@ -78,7 +78,7 @@ def training_curves(trainer: Trainer) -> Figure:
     """Loss of every step, Dice of every validation, learning rate and speed of every epoch of a fold."""
     history, epochs = trainer.run.history(trainer.fold), snapshot_epochs(trainer.folder)
     snapshots = [read_snapshot(trainer.folder, epoch, with_logits=False) for epoch in epochs]
-    figure, (loss, dice, rate, pace) = style.charts(5.6, 2, 2)
+    loss, dice, rate, pace = style.charts(5.6, 2, 2)
     _draw_losses(loss, {epoch: snapshot.losses for epoch, snapshot in zip(epochs, snapshots, strict=True)})
     _draw_dice(dice, history)
     rate.plot(epochs, [snapshot.lr for snapshot in snapshots], "o-", color=style.SERIES_COLOUR, markersize=4)
@@ -86,7 +86,8 @@ def training_curves(trainer: Trainer) -> Figure:
     speeds = [snapshot.speed for snapshot in snapshots]  # images/s, NaN where nothing was trained, as before epoch 1
     pace.plot(epochs, speeds, "o-", color=style.SERIES_COLOUR, markersize=4)
     pace.set_ylim(0, 1.15 * np.nanmax([1e-9, *speeds]))
-    style.label(pace, f"Learns from {pd.Series(speeds).median():.3g} images/s", "epoch", "images/s of training")
+    middle = np.nan_to_num(pd.Series(speeds).median())
+    figure = style.label(pace, f"Learns from {middle:.3g} images/s", "epoch", "images/s of training")
     for ax in (loss, dice, rate, pace):
         ax.set_xlim(-0.03 * max(1, epochs[-1]), 1.03 * max(1, epochs[-1]))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -127,7 +128,7 @@ def edge_strip(trainer: Trainer) -> Figure:
     epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, COLUMNS).astype(int))]
     logits = {epoch: read_snapshot(trainer.folder, epoch).logits for epoch in epochs}
     height, width = logits[epochs[0]].shape[1:]
-    figure, axes = style.panels(len(rows) * (len(epochs) + 1), len(epochs) + 1, height / width, "", foot=0.6)
+    figure, axes = style.panels(len(rows) * (len(epochs) + 1), len(epochs) + 1, height / width, foot=0.6)
     wrong = []  # shares of pixels: a row an image, a column an epoch
     for i, row in enumerate(rows):
         line = axes[i * (len(epochs) + 1) :]
@@ -141,7 +142,6 @@ def edge_strip(trainer: Trainer) -> Figure:
             Outlined(probability, soft).draw(ax, f"epoch {epoch}" if epoch else "untrained")
     first, last = np.mean(wrong, axis=0)[[0, -1]]
     text = f"Around hard edges {first:.1%} of pixels are wrong at epoch {epochs[0]}, {last:.1%} at epoch {epochs[-1]}"
-    style.set_title(figure, text)
     bar = figure.colorbar(ScalarMappable(cmap="cividis"), ax=axes, location="bottom", aspect=60, shrink=0.6)
     bar.set_label("probability of car; line: true edge", fontsize=style.FONT_SIZE)
-    return figure
+    return style.set_title(figure, text)
