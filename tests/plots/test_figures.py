@@ -9,6 +9,7 @@ import pytest
 import simplejpeg
 from conftest import SMALL, samples_of, square
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from carvana import plots, rle
 from carvana.data.images import Archive
@@ -51,7 +52,10 @@ def title(ax):
 
 
 def draw(figure):
+    """A figure after drawing; no title is cut off at the page's side."""
     figure.canvas.draw()
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_weight() == "bold"):
+        assert text.get_window_extent().x1 <= figure.bbox.width, text.get_text()
     return figure
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from carvana.data.folds import HOLDOUT
 from carvana.data.images import Archive, mask_of
@@ -102,11 +102,11 @@ def contrasts(cars: pd.DataFrame) -> Figure:
     ax.scatter(at, cars["contrast"], s=60, c=cars[CAR_RGB].to_numpy(), edgecolors="black", linewidths=0.4)
     ax.axhline(NEAR, color=style.HIGHLIGHT_COLOUR, linewidth=2)
     ax.set_ylim(0, 1.08 * cars["contrast"].max())
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     nearest = [f"{car}  {contrast:.1f}" for car, contrast in cars["contrast"].head(style.NAMED).items()]
     style.note(ax, ["nearest", *nearest], 0.02, 0.94)
     title = f"{near.sum()} of {len(cars)} cars have a colour within {NEAR} of the background's"
-    return style.label(ax, title, "cars, nearest to the background's colour first", "distance from its colour (CIELAB)")
+    x, y = "cars, nearest to the background's colour first", "distance from its colour (CIELAB)"
+    return style.label(ax, title, x, y, count="x")
 
 
 def odd_masks(images: Archive, samples: pd.DataFrame, odd: pd.DataFrame) -> Figure:

@@ -11,7 +11,6 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from carvana.data.folds import HOLDOUT
@@ -130,8 +129,7 @@ def _charts(histories: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
             ax.plot(rows["epoch"], style.inside(rows[column], scale), "o-", color=_colour(fold), markersize=4)
         if np.isfinite(ax.dataLim.intervaly).all():
             style.scale(ax, "y", scale)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            figure, buffer = style.label(ax, "", "epoch"), io.BytesIO()
+            figure, buffer = style.label(ax, "", "epoch", count="x"), io.BytesIO()
             figure.set_figwidth(style.PAGE_WIDTH / 2)
             figure.savefig(buffer, format="svg")
             yield {"caption": caption, "address": _address("svg+xml", buffer.getvalue())}

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from carvana.metrics import error_shares, score_over_cars
 from carvana.plots import style
@@ -22,7 +21,7 @@ def dice_distribution(scores: pd.DataFrame) -> Figure:
     ax.axvline(style.inside([middle])[0], color=style.HIGHLIGHT_COLOUR, linewidth=2)
     title = f"Half of the images reach {middle:.6f}, one in twenty stays below {tail:.6f}"
     style.scale(ax, "x", "logit")
-    return style.label(ax, title, "Dice of an image (logit scale)", "images")
+    return style.label(ax, title, "Dice of an image (logit scale)", "images", count="y")
 
 
 def dice_by_view(scores: pd.DataFrame) -> Figure:
@@ -52,8 +51,7 @@ def dice_by_car(scores: pd.DataFrame) -> Figure:
     share = (1 - worst).sum() / max((1 - cars).sum(), 1e-12)
     title = f"{share:.0%} of all lost Dice is lost on the worst {len(worst)} of {len(cars)} cars"
     style.scale(ax, "y", "logit")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return style.label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)")
+    return style.label(ax, title, "cars, worst first", "mean Dice of a car (logit scale)", count="x")
 
 
 def error_parts(scores: pd.DataFrame) -> Figure:

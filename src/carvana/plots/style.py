@@ -79,9 +79,9 @@ def panels(count: int, columns: int, aspect: float, **inches: float) -> tuple[Pa
     inches: `line` for the title of each panel (0.25), `foot` below all (0).
     """
     columns = max(1, min(columns, count))
-    rows, width = -(-count // columns), min(PAGE_WIDTH, max(5, 3.2 * columns))
-    height = rows * (width / columns * aspect + inches.get("line", 0.25)) + 0.35 + inches.get("foot", 0)
-    figure = Page(figsize=(width, height), layout="constrained")
+    rows, width = -(-count // columns), min(PAGE_WIDTH / columns, 3.2)
+    height = rows * (width * aspect + inches.get("line", 0.25)) + 0.35 + inches.get("foot", 0)
+    figure = Page(figsize=(PAGE_WIDTH, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.set_axis_off()
@@ -105,12 +105,17 @@ def charts(height: float, rows: int = 1, columns: int = 1) -> list[Axes]:
     return axes
 
 
-def label(ax: Axes, title: str, x: str, y: str = "", percent: str = "") -> Figure:
-    """Write title and names of the axes, and hand back their figure; percent: letters of the axes that show shares."""
+def label(ax: Axes, title: str, x: str, y: str = "", **letters: str) -> Figure:
+    """Write title and names of the axes, and hand back their figure.
+
+    letters: percent, of the axes that show shares, and count, of those that show whole numbers, such as "xy".
+    """
     ax.set_title(title, loc="left", fontsize=FONT_SIZE + 1, fontweight="bold")
     ax.set_xlabel(x, fontsize=FONT_SIZE)
     ax.set_ylabel(y, fontsize=FONT_SIZE)
-    for letter in percent:
+    for letter in letters.get("count", ""):
+        getattr(ax, f"{letter}axis").set_major_locator(MaxNLocator(integer=True))
+    for letter in letters.get("percent", ""):
         getattr(ax, f"{letter}axis").set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
     return cast(Figure, ax.figure)
 

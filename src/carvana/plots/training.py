@@ -16,7 +16,6 @@ from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from carvana.plots import style
 from carvana.plots.overlays import Outlined, densest, edge_pixels
@@ -82,15 +81,15 @@ def training_curves(trainer: Trainer) -> Figure:
     _draw_losses(loss, {epoch: snapshot.losses for epoch, snapshot in zip(epochs, snapshots, strict=True)})
     _draw_dice(dice, history)
     rate.plot(epochs, [snapshot.lr for snapshot in snapshots], "o-", color=style.SERIES_COLOUR, markersize=4)
-    style.label(rate, f"Learning rate after epoch {epochs[-1]}: {snapshots[-1].lr:.2g}", "epoch", "learning rate")
+    title = f"Learning rate after epoch {epochs[-1]}: {snapshots[-1].lr:.2g}"
+    style.label(rate, title, "epoch", "learning rate", count="x")
     speeds = [snapshot.speed for snapshot in snapshots]  # images/s, NaN where nothing was trained, as before epoch 1
     pace.plot(epochs, speeds, "o-", color=style.SERIES_COLOUR, markersize=4)
     pace.set_ylim(0, 1.15 * np.nanmax([1e-9, *speeds]))
     middle = np.nan_to_num(pd.Series(speeds).median())
-    figure = style.label(pace, f"Learns from {middle:.3g} images/s", "epoch", "images/s of training")
+    figure = style.label(pace, f"Learns from {middle:.3g} images/s", "epoch", "images/s of training", count="x")
     for ax in (loss, dice, rate, pace):
         ax.set_xlim(-0.03 * max(1, epochs[-1]), 1.03 * max(1, epochs[-1]))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -106,7 +105,7 @@ def _draw_losses(ax: Axes, losses: dict[int, np.ndarray]) -> None:
     if losses:
         style.scale(ax, "y", "log")
         title = f"Mean loss goes from {means[0]:.4f} to {means[-1]:.4f}"
-    style.label(ax, title, "epoch", "training loss (log scale)")
+    style.label(ax, title, "epoch", "training loss (log scale)", count="x")
 
 
 def _draw_dice(ax: Axes, history: pd.DataFrame) -> None:
@@ -118,7 +117,7 @@ def _draw_dice(ax: Axes, history: pd.DataFrame) -> None:
     ax.axvline(best["epoch"], color=style.HIGHLIGHT_COLOUR, linewidth=2, zorder=0, label=text)
     ax.legend(fontsize=style.FONT_SIZE - 1.5)
     title = f"Best Dice {best['dice']:.6f}, untrained {history['dice'].iloc[0]:.6f}"
-    style.label(ax, title, "epoch", "mean Dice (logit scale)")
+    style.label(ax, title, "epoch", "mean Dice (logit scale)", count="x")
     style.scale(ax, "y", "logit")
 
 
