@@ -83,7 +83,7 @@ def test_differences_have_the_colours_of_every_figure():
     black = np.zeros((*true.shape, 3), np.uint8)
     painted = browser.painted(black, true, predicted.astype(np.float32), {"image", "difference"})
     colours = {tuple(colour) for colour in painted.reshape(-1, 3)}
-    missed, taken = (tuple(int(0.75 * 255 * part) for part in to_rgb(colour)) for colour in style.ERROR_TEXTS)
+    missed, taken = (tuple(round(0.75 * 255 * part) for part in to_rgb(colour)) for colour in style.ERROR_TEXTS)
     assert colours == {(0, 0, 0), missed, taken}
     assert (painted[320, :420] == missed).all(-1).any() and (painted[320, 420:] == taken).all(-1).any()
     assert not (painted[320, :420] == taken).all(-1).any()

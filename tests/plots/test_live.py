@@ -63,6 +63,8 @@ def test_every_epoch_is_kept_with_its_losses_rate_speed_and_the_same_images(watc
     assert late.mean() == pytest.approx(history["loss"].iloc[-1])
     assert snapshots[4].lr == history["lr"].iloc[-1]
     assert snapshots[4].speed == pytest.approx(history["speed"].iloc[-1], abs=0.01)
+    bare = read_snapshot(trainer.folder, 4, with_logits=False)
+    assert bare.logits.size == 0 and bare.lr == snapshots[4].lr and np.array_equal(bare.losses, snapshots[4].losses)
     assert len(trainer.preview_rows) == 4 and set(trainer.preview_rows) <= set(trainer.valid_rows)
 
 
