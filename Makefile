@@ -15,6 +15,7 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb src/carvana/kaggle/*.ipynb
 	@$(BIN)/python -m pytest $(ARGS)
 

@@ -23,7 +23,7 @@ from carvana.files import fingerprint
 from carvana.grid import Grid
 from carvana.parallel import overlapped, progress
 
-LAYOUT = "picture, target"  # of a cached item: another layout is another cache
+LAYOUT = "image, target"  # of a cached item: another layout is another cache
 Item = tuple[np.ndarray, np.ndarray]  # image (height, width, 3) uint8 RGB, soft target (height, width) uint8, 255 = car
 
 
