@@ -13,7 +13,7 @@ from carvana.files import project_root
 ORDER = [
     "errors", "files", "profiles", "parallel", "device", "rle", "grid", "metrics",
     "data.images", "data.competition", "data.folds", "data.dataset", "data.statistics", "data.demo",
-    "records", "run", "models",
+    "run", "models",
     "training.losses", "training.recipe", "training.state", "training.validation", "training.trainer",
     "training.launch",
     "inference.ensemble", "inference.logits", "inference.loader", "inference.predict",

@@ -20,8 +20,7 @@ from carvana.errors import OutOfTimeError, UserError
 from carvana.files import fingerprint, optional_path, parse_list, project_root, read_json, resolve, sha256, stamp, sweep
 from carvana.parallel import tame_allocator
 from carvana.profiles import Values, load_profile, notebook_path, parameters, with_defaults
-from carvana.records import EnsembleNote
-from carvana.run import Run, shared_checkpoints, shared_folds
+from carvana.run import EnsembleNote, Run, shared_checkpoints, shared_folds
 
 PACKAGE = Path(__file__).parent
 

@@ -5,21 +5,42 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic's demand on Python 3.11
 
 from carvana.data.folds import HOLDOUT, make_folds
 from carvana.errors import UserError
 from carvana.files import project_root, read_json, resolve, write_json, write_text
-from carvana.metrics import mean_over_cars, score_over_cars
-from carvana.profiles import NAME, check
-from carvana.records import FOLDS, HISTORY, QUALITY, SCORES, Done, Members, Start, Submission
+from carvana.metrics import ERROR_PARTS, mean_over_cars, score_over_cars
+from carvana.profiles import NAME, TTA, check
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
+TYPES = {  # of columns of a run's tables; what is not named here may hold anything
+    **dict.fromkeys(("img", "car", "exclude"), str),
+    **dict.fromkeys(("fold", "view", "epoch", *ERROR_PARTS, "disputed"), int),
+    **dict.fromkeys(("dice", "iou", "area", "predicted_area", "seconds"), float),
+}
+
+
+class Member(TypedDict):
+    """A checkpoint of an ensemble, its path relative to ensemble.json."""
+
+    path: str
+    weight: Annotated[float, Field(ge=0, le=1)]
+
+
+class EnsembleNote(TypedDict):
+    """What ensemble.json holds, which people may edit; more may stand there."""
+
+    members: Annotated[list[Member], Field(min_length=1)]
+    views: Annotated[list[Annotated[str, Field(pattern=f"^({TTA})$")]], Field(min_length=1)]
+    threshold: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Run:
@@ -100,22 +121,22 @@ class Run:
         path = self.folds_path
         if not path.exists():
             raise UserError(f"{path} does not exist. Train with 03_train first, or correct run_name or runs_dir.")
-        return read_csv(path, FOLDS)
+        return read_csv(path, "car", "fold")
 
     def history(self, fold: int) -> pd.DataFrame:
         """A row a validation of a fold."""
-        return read_csv(self.fold_dir(fold) / "history.csv", HISTORY)
+        return read_csv(self.fold_dir(fold) / "history.csv", "epoch", "dice")
 
     def histories(self) -> dict[str, pd.DataFrame]:
         """Histories by "0", "1", ...; where the run only blends others, those of its members, by "RUN/0", ..."""
         folders = list(self._fold_dirs().values())
         if not folders and self.ensemble_path.exists():
-            members = read_json(self.ensemble_path, Members)["members"]
+            members = read_json(self.ensemble_path, EnsembleNote)["members"]
             folders = [(self.folder / member["path"]).resolve().parent for member in members]
         histories = {}
         for path in (folder / "history.csv" for folder in folders):
             if path.exists():
-                history = read_csv(path, HISTORY)
+                history = read_csv(path, "epoch", "dice")
                 prefix = "" if path.parent.parent == self.folder else f"{path.parent.parent.name}/"
                 histories[prefix + path.parent.name.removeprefix("fold")] = history
         return dict(sorted(histories.items(), key=lambda item: (len(item[0]), item[0])))
@@ -123,7 +144,7 @@ class Run:
     def training_minutes(self) -> float:
         """Minutes that the run's own folds were trained, all together."""
         paths = [folder / "history.csv" for folder in self._fold_dirs().values()]
-        return sum(read_csv(path, HISTORY)["seconds"].max() for path in paths if path.exists()) / 60
+        return sum(read_csv(path, "seconds")["seconds"].max() for path in paths if path.exists()) / 60
 
     @property
     def has_scores(self) -> bool:
@@ -134,7 +155,7 @@ class Run:
         """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
         if not self.has_scores:
             raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
-        return read_csv(self.scores_path, SCORES)
+        return read_csv(self.scores_path, "img", "dice")
 
     def out_of_fold_dice(self) -> float | None:
         """Mean Dice of the images that a fold has scored; None where the run has no scores."""
@@ -147,7 +168,7 @@ class Run:
         """quality.csv with a person's marks in the column exclude; None where the run has none."""
         if not self.quality_path.exists():
             return None
-        return read_csv(self.quality_path, QUALITY, may_be_empty=True)
+        return read_csv(self.quality_path, "img", "exclude")
 
     def write_start(self, parameters: dict[str, Any], data: str) -> None:
         """Write run.json: what the run starts with; data: fingerprint of its samples."""
@@ -158,20 +179,25 @@ class Run:
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of training in run.json."""
-        return read_json(self.folder / "run.json", Start)["parameters"]
+        return self.note("run", "parameters")["parameters"]
 
-    def note(self, name: str) -> dict[str, Any]:
+    def note(self, name: str, *needed: str) -> dict[str, Any]:
         """What NAME.json of the run says, {} where it is not there; name: run, ensemble, submission or steps.
 
-        UserError where it is damaged, but for steps: which are done is found anew.
+        UserError where it is damaged or lacks the keys `needed`; damaged steps are {}, for they are found anew.
         """
         path = self.folder / f"{name}.json"
         try:
-            return read_json(path, dict[str, Done] if name == "steps" else dict[str, Any]) if path.exists() else {}
+            note = read_json(path, dict[str, dict[str, Any]] if name == "steps" else dict[str, Any])
         except UserError:
-            if name == "steps":
-                return {}
-            raise
+            if path.exists() and name != "steps":
+                raise
+            note = {}
+        if lacking := [key for key in needed if key not in note]:
+            raise UserError(
+                f"{path} is not there or lacks {lacking[0]}. Delete it and run the step that writes it again."
+            )
+        return note
 
     def write_note(self, name: str, facts: dict[str, Any]) -> None:
         """Write NAME.json."""
@@ -179,7 +205,7 @@ class Run:
 
     def result_lines(self) -> Iterator[str]:
         """Where the submission, the notebooks and the scores are; last the true Dice where it is known."""
-        submission = read_json(self.submission_path, Submission)
+        submission = self.note("submission", "path", "rows")
         yield f"submission  {submission['path']} ({submission['rows']} images, valid)"
         yield f"notebooks   {self.folder / 'notebooks'}"
         yield f"scores      {self.scores_path}, report {self.report_path}"
@@ -187,23 +213,22 @@ class Run:
             yield f"true Dice {submission['true_dice']:.6f}"
 
 
-def read_csv(path: Path, columns: Mapping[str, type], may_be_empty: bool = False) -> pd.DataFrame:
-    """Read a table whose `columns` have these types; UserError where the file is missing, damaged or another table."""
+def read_csv(path: Path, *needed: str) -> pd.DataFrame:
+    """A table with the columns `needed`; UserError where it is missing or damaged, or cells are not of their TYPES."""
     try:
-        table = pd.read_csv(
-            path, dtype=dict(columns), keep_default_na=False, na_values=[""], encoding="utf-8-sig", low_memory=False
-        )  # fmt: skip
+        table = pd.read_csv(path, dtype=TYPES, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
         table = table.fillna({"exclude": ""})  # a mark that is not there; a car may be called NA
-        lacking = [name for name in columns if name not in table]
-        if lacking or not isinstance(table.index, pd.RangeIndex):
-            raise ValueError(f"it has no column {lacking[0]}" if lacking else "rows are longer than the header")
-        if table[list(columns)].isna().any(axis=None) or not (may_be_empty or len(table)):
-            raise ValueError("it has empty cells" if len(table) else "it has no rows")
+        typed = [name for name in TYPES if name in table]
+        if lacking := [name for name in needed if name not in table]:
+            raise ValueError(f"it has no column {lacking[0]}")
+        if table[typed].isna().any(axis=None) or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("it has cells that are empty or beyond the header")
+        if table.empty and "exclude" not in needed:
+            raise ValueError("it has no rows")
         return table
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        advice = "Mend it, commas between columns, or delete it and run the step that writes it again."
-        raise UserError(f"{path} is not a table of {', '.join(columns)}: {reason}. {advice}") from error
+        reason = f"{path} is not a table of {', '.join(needed)}: {' '.join(str(error).split())}"
+        raise UserError(f"{reason}. Mend it, or delete it and run the step that writes it again.") from error
 
 
 def _commit() -> str | None:

@@ -174,7 +174,8 @@ def test_only_the_ledger_rows_of_the_run_are_shown(run, tmp_path):
 
 def test_a_blend_shows_the_folds_of_its_members(run):
     blend = run.parent / "blend"
-    files.write_json(blend / "ensemble.json", {"members": [{"path": "../first/fold0/best.safetensors", "weight": 1.0}]})
+    members = [{"path": "../first/fold0/best.safetensors", "weight": 1.0}]
+    files.write_json(blend / "ensemble.json", {"members": members, "views": ["none"], "threshold": 0.5})
     assert "first/0" in page(blend) and "0.987654" in page(blend)
 
 

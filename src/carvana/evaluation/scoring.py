@@ -23,7 +23,6 @@ from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import Batch, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
 from carvana.parallel import overlapped, progress
-from carvana.records import SCORES
 from carvana.run import Run, read_csv
 
 THRESHOLDS = 0.35, 0.4, 0.45, 0.55, 0.6, 0.65  # that are tried beside 0.5
@@ -141,7 +140,10 @@ def _read_kept(path: Path, errors: Path) -> Evaluation | None:
     try:
         with np.load(errors) as kept:
             if str(kept["sha256"]) == sha256(path):
-                return Evaluation(read_csv(path, SCORES), dict(zip(kept["views"].tolist(), kept["sums"], strict=True)))
+                return Evaluation(
+                    read_csv(path, "img", "car", "view", "fold", "dice"),
+                    dict(zip(kept["views"].tolist(), kept["sums"], strict=True)),
+                )
     except (*UNREADABLE, UserError, KeyError, ValueError):
         pass
     return None

@@ -19,7 +19,7 @@ from carvana.files import parse_list, read_json, write_json
 from carvana.grid import STRIDE
 from carvana.models import load_checkpoint
 from carvana.profiles import check
-from carvana.records import EnsembleNote
+from carvana.run import EnsembleNote
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast, by precision
 
