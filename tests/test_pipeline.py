@@ -210,6 +210,25 @@ def test_a_run_that_only_blends_others_trains_nothing(tmp_path):
     assert "03_train" not in {step.notebook for step in steps}
 
 
+def test_a_notebook_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "notebooks").touch()
+    with pytest.raises(UserError, match=r"02.ipynb could not be written: .*Free space or choose another folder"):
+        pipeline.execute("02_explore", tmp_path / "notebooks" / "02.ipynb", {})
+
+
+def test_a_changed_sample_predicts_again(tmp_path):
+    sample = tmp_path / "mine.csv"
+    keys = []
+    for text in ("img\na.jpg", "img\nab.jpg"):
+        sample.write_text(text)
+        keys.append([step.key() for step in pipeline.steps({"sample": str(sample)})][-2:])
+    assert not set(keys[0]) & set(keys[1])
+
+
+def test_the_range_of_a_number_is_told_with_its_meaning():
+    assert profiles.parameters()["warmup"].help.endswith("[0 to 0.9]")
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """A profile whose notebooks only write what the next ones need; and the titles of those that ran."""
@@ -287,9 +306,9 @@ def test_what_a_kill_left_is_swept_when_the_run_starts_again(written, tmp_path):
         ({"members": "../x"}, 'members "../x" is no name of a run'),
         ({"run_name": "exp/one"}, 'run_name "exp/one" is no name of a run'),
         ({"tta": "none,vflip"}, 'tta "vflip" is unknown'),
-        ({"ensemble": "gone.json"}, "ensemble .*gone.json does not exist"),
+        ({"ensemble": "gone.json"}, "ensemble .*gone.json does not exist. Correct it, or leave ensemble empty"),
         ({"ensemble": "bad.json"}, "bad.json cannot be read as JSON: .*threshold"),
-        ({"ensemble": "lost.json"}, "lost.json names fold0/best.safetensors, which does not exist"),
+        ({"ensemble": "lost.json"}, "lost.json: .*fold0/best.safetensors does not exist"),
         ({"test_dir": "gone"}, "test_dir .*gone does not exist"),
         ({"sample": "gone.csv"}, "sample .*gone.csv does not exist"),
         ({"exclude": "gone.csv"}, "exclude .*gone.csv does not exist"),

@@ -55,6 +55,7 @@ def steps(profile: Values) -> Iterator[Step]:
     if values["ensemble"] and ensemble.exists():
         predicts_with += [ensemble.parent / member["path"] for member in read_json(ensemble, EnsembleNote)["members"]]
     tests = [resolve(values["test_dir"])] if values["test_dir"] else competition.test_files
+    tests = [competition.folder, *tests, *([resolve(values["sample"])] if values["sample"] else [])]
     samples = [*competition.training_files, *([resolve(values["exclude"])] if values["exclude"] else [])]
 
     def step(notebook: str, reads: list[Path], writes: list[Path], **extra: int) -> Step:
@@ -67,8 +68,8 @@ def steps(profile: Values) -> Iterator[Step]:
     for fold in folds if run.name in [member.name for member in members] else ():
         yield step("03_train", samples, [run.checkpoint(fold), run.folds_path], fold=fold)
     yield step("04_evaluate", [*samples, *checkpoints], [run.scores_path, run.ensemble_path])
-    yield step("05_predict", [competition.folder, *tests, *predicts_with], [submission])
-    yield step("06_submit", [competition.folder, submission], [run.submission_path])
+    yield step("05_predict", [*tests, *predicts_with], [submission])
+    yield step("06_submit", [*tests, submission], [run.submission_path])
 
 
 def _members(values: Values) -> list[Run]:
@@ -77,15 +78,15 @@ def _members(values: Values) -> list[Run]:
 
 def check_inputs(values: Values) -> None:
     """UserError for anything that only a late step reads and that is not there, or cannot be used, now."""
-    run = Run(values["runs_dir"], values["run_name"])
-    for name in ("exclude", "ensemble", "test_dir", "sample"):
-        path = optional_path(values[name])
-        if path and path != run.ensemble_path and not path.exists():
-            raise UserError(f'{name} {path} does not exist. Correct it, or leave it "".')
-    if values["ensemble"] and (ensemble := resolve(values["ensemble"])).exists():
-        for member in read_json(ensemble, EnsembleNote)["members"]:
-            if not (ensemble.parent / member["path"]).exists():
-                raise UserError(f"ensemble {ensemble} names {member['path']}, which does not exist. Train it first.")
+    run, needed = Run(values["runs_dir"], values["run_name"]), ("exclude", "ensemble", "test_dir", "sample")
+    given = {name: resolve(values[name]) for name in needed if values[name]}
+    if given.get("ensemble") == run.ensemble_path:
+        del given["ensemble"]  # which 04 writes
+    for name, path in given.items():
+        members = read_json(path, EnsembleNote)["members"] if name == "ensemble" and path.exists() else []
+        lost = [file for file in (path, *(path.parent / member["path"] for member in members)) if not file.exists()]
+        if lost:
+            raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
     if others := [member for member in _members(values) if member.name != run.name]:
         shared_folds(others)
         shared_checkpoints(others)
@@ -162,9 +163,9 @@ def execute(notebook: str, output: Path, values: Values) -> float:
 
     UserError with the one line that the notebook ended with.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(notebook_path(notebook)), str(output), values, kernel_name="python3", cwd=str(project_root()),
             progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
@@ -178,4 +179,7 @@ def execute(notebook: str, output: Path, values: Values) -> float:
     except DeadKernelError as error:
         reason = "its process was killed, most likely because memory ran out"
         raise UserError(f"{notebook}: {reason}. Lower batch_size or workers.") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{output} could not be written: {reason}. Free space or choose another folder.") from error
     return time.monotonic() - began

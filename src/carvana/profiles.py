@@ -49,7 +49,7 @@ WHOLE, NUMBER = r"[-+]?(0|[1-9]\d{0,18})", r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e
 
 @dataclass
 class Parameter:
-    """A line of a notebook's parameters cell: default, meaning, and the notebooks that have it."""
+    """A line of a notebook's parameters cell: default, meaning with its range, and the notebooks that have it."""
 
     default: Any
     help: str
@@ -77,7 +77,9 @@ def _read(paths: tuple[Path, ...]) -> dict[str, Parameter]:
     by_name: dict[str, Parameter] = {}
     for path in paths:
         for name, line in papermill.inspect_notebook(str(path)).items():
-            parameter = by_name.setdefault(name, Parameter(ast.literal_eval(line["default"]), line["help"]))
+            low, high = RANGES.get(name, (False, True))
+            span = "" if isinstance(low, bool) else f" [{low:g} to {high:g}]"
+            parameter = by_name.setdefault(name, Parameter(ast.literal_eval(line["default"]), line["help"] + span))
             parameter.notebooks.append(path.stem)
     return by_name
 

@@ -94,9 +94,7 @@ class Competition:
     def makes(self) -> pd.Series:
         """Make by car, of the cars with samples whose make metadata.csv names."""
         path = self._path("metadata.csv")
-        if not path:
-            return pd.Series(dtype=str)
-        metadata = _read_table(path)
+        metadata = _read_table(path) if path else pd.DataFrame()
         if not {"id", "make"} <= set(metadata):
             return pd.Series(dtype=str)
         makes = metadata.drop_duplicates("id").set_index("id")["make"].str.strip()
@@ -113,7 +111,7 @@ class Competition:
 
         Names are those of the csv `sample`, by default of sample_submission.csv. All images by name where there is
         none, or where it was not given and does not name just the images of `test_dir`. UserError where a name has no
-        image (an extension in other case is another name), or stands twice.
+        image (an extension in other case is another name).
         """
         usual = self._images_name("test")
         images = Archive(resolve(test_dir), ".jpg") if test_dir else self._archive(usual, ".jpg")
@@ -128,8 +126,6 @@ class Competition:
             hint = f", which is {near} there" if near else ""
             share = f"{len(missing)} of {len(names)} images that {path} names, first {missing[0]}{hint}"
             raise UserError(f"{images.path} lacks {share}. Give the sample of these images, or download them again.")
-        if len(set(names)) < max(1, len(names)):
-            raise UserError(f"sample {path} names no image, or one twice. Give a csv that names each once.")
         return TestSet(images, names)
 
     def _images_name(self, split: str) -> str:
@@ -150,10 +146,8 @@ class Competition:
             with contextlib.suppress(UserError):  # a broken zip says nothing of the folder
                 whole = Archive(packed, suffix).members
         if missing := [name for name in whole if name not in files.members]:
-            lack = f"lacks {len(missing)} of the {len(whole)} files of {packed.name}, first {missing[0]}"
-            raise UserError(
-                f"{path} {lack}: it was not unpacked whole. Unpack it again, or delete the folder or the zip."
-            )
+            share = f"{len(missing)} of the {len(whole)} files of {packed.name}, first {missing[0]}"
+            raise UserError(f"{path} lacks {share}: it was not unpacked whole. Unpack it again, or delete one of them.")
         return files
 
     def _masks(self, sizes: dict[str, Size]) -> dict[str, str]:
@@ -196,7 +190,10 @@ class Competition:
 
 
 def _read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """A csv, also in a zip, all columns as text; UserError unless it has `columns` and rows as long as the header."""
+    """A csv, also in a zip, all columns as text; UserError where it is damaged.
+
+    Of a table that must have `columns`, the first one holds each name once.
+    """
     try:
         data = path.read_bytes()
         if zipfile.is_zipfile(path):
@@ -207,12 +204,12 @@ def _read_table(path: Path, *columns: str) -> pd.DataFrame:
             raise ValueError("rows have more columns than the header")
         if lacking := [name for name in columns if name not in table]:
             raise ValueError(f"it has no column {lacking[0]}")
+        if columns and (table.empty or table[columns[0]].duplicated().any()):
+            raise ValueError(f"a name in {columns[0]} stands there twice" if len(table) else "it has no rows")
         return table
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is not a table of {', '.join(columns)}: {reason}. Correct it or download it."
-        ) from error
+        reason = f"{path} is not a table of {', '.join(columns)}: {' '.join(str(error).split())}"
+        raise UserError(f"{reason}. Correct it or download it.") from error
 
 
 def excluded_names(path: Path | None, images: Archive) -> set[str]:
