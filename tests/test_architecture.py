@@ -19,7 +19,7 @@ ORDER = [
     "inference.ensemble", "inference.logits", "inference.loader", "inference.predict",
     "evaluation.label_issues", "evaluation.scoring", "evaluation.evaluate",
     "submission", "pipeline",
-    "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.kernels",
+    "kaggle.credentials", "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.kernels",
     "plots.style", "plots.overlays", "plots.explore", "plots.scores", "plots.training", "plots.browser", "plots.report",
     "cli",
 ]  # fmt: skip

@@ -29,7 +29,7 @@ def _line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on where it was"
-    from carvana.kaggle.client import scrub  # takes a moment, and who knows what an unexpected error quotes
+    from carvana.kaggle.credentials import scrub  # takes a moment, and who knows what an unexpected error quotes
 
     return f"{type(error).__name__}: {scrub(error)} (--debug shows where)"
 
@@ -97,9 +97,9 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _kernel_build(options: argparse.Namespace) -> None:
-    from carvana.kaggle import client, kernels
+    from carvana.kaggle import credentials, kernels
 
-    user, wheels = options.user or client.username(), not options.no_wheels
+    user, wheels = options.user or credentials.username(), not options.no_wheels
     kernels.build(kernels.KernelPlan(options.profile, user, options.weights, options.python, wheels), options.folder)
     size = sum(path.stat().st_size for path in (options.folder / "dataset").iterdir()) / 1e6
     print(f"{options.folder} is ready, {size:.0f} MB. Next: carvana kernel push {options.folder}")

@@ -313,5 +313,5 @@ def test_a_list_that_does_not_end_is_given_up(fake, data, monkeypatch):
         return {"files": [{"name": f"{next(numbers)}.csv"}], "nextPageToken": f"{next(numbers)}"}
 
     monkeypatch.setattr(fake, "listdatafiles", page)
-    monkeypatch.setattr(download, "PAGES", 9)
+    monkeypatch.setattr(client, "PAGES", 9)
     assert len(download.list_files(client.sign_in())) == 9

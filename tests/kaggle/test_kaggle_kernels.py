@@ -109,22 +109,22 @@ def test_a_second_push_makes_new_versions_and_can_go_on_from_the_output(fake, bu
         ({}, {"error": "Notebook not found"}, "kernel-metadata.json: Kaggle refused it: Notebook not found"),
         ({}, {"invalidCompetitionSources": ["carvana"]}, "refused it: competition carvana is unknown to it"),
         ({}, {"invalidDatasetSources": ["a/b"]}, "refused it: dataset a/b is unknown to it"),
-        ({"SaveKernel": ["403"]}, {}, "was not pushed: Kaggle refused access"),
+        ({"SaveKernel": ["403"]}, {}, ".*Kaggle refused access"),
         (
             {"SaveKernel": ["stored:drop"]},
             {},
-            f"answer was lost.*a kernel may run. Look at {kernels.CODE}/{SLUG} before",
+            f"answer was lost.*A kernel may run. Look at {kernels.CODE}/{SLUG} before",
         ),
         (
             {"SaveKernel": ["stored:502"]},
             {},
-            f"answer was lost.*a kernel may run. Look at {kernels.CODE}/{SLUG} before",
+            f"answer was lost.*A kernel may run. Look at {kernels.CODE}/{SLUG} before",
         ),
         ({}, {"error": "GPU quota exceeded"}, "GPU quota exceeded. Wait until the limit ends"),
         ({}, {"invalidDatasetSources": ["a/b"]}, f"It runs without: stop it at {kernels.CODE}/{SLUG}"),
         ({"CreateDatasetVersion": ["403"]}, {}, "Look whether it is yours to change"),
         ({"upload": ["403"]}, {}, "suite.zip: Kaggle's storage refused it"),
-        ({"CreateDatasetVersion": ["429"]}, {}, "suite was not pushed: Kaggle wants fewer requests"),
+        ({"CreateDatasetVersion": ["429"]}, {}, "suite: Kaggle wants fewer requests"),
         ({"StartBlobUpload": ["401"]}, {}, "refused the credentials"),
     ],
 )
@@ -138,7 +138,7 @@ def test_what_the_client_hides_of_a_push_is_said(fake, built, faults, verdict, m
 def test_a_push_whose_answer_was_lost_is_looked_for_before_it_is_repeated(fake, built, answer, monkeypatch):
     monkeypatch.setattr(client, "TIMEOUT", (1, 0.2))
     fake.verdict, fake.faults["SaveKernel"] = {}, [answer]
-    refused("a kernel may run", kernels.push, built)
+    refused("A kernel may run", kernels.push, built)
     fake.session = "RUNNING"
     refused(f"{SLUG} runs on Kaggle already .RUNNING.. Wait for it or stop it at", kernels.push, built)
     assert len(fake.kernels) == fake.calls("SaveKernel") == 1
@@ -154,7 +154,7 @@ def test_a_push_that_is_interrupted_says_where_to_look(fake, built, monkeypatch)
     api = client.sign_in()
     monkeypatch.setattr(api, "kernels_push", interrupted)
     monkeypatch.setattr(kernels, "sign_in", lambda: api)
-    refused("KeyboardInterrupt.*a kernel may run. Look at", kernels.push, built)
+    refused("KeyboardInterrupt.*A kernel may run. Look at", kernels.push, built)
 
 
 def test_the_old_version_of_a_dataset_is_not_taken_for_the_new_one(fake, built, monkeypatch, capfd):

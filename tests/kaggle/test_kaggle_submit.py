@@ -280,7 +280,7 @@ def big(tmp_path):
 
 def send(path):
     api = client.sign_in()
-    return upload.Upload(path).send(lambda: submit.start_upload(api, path))
+    return submit.send(api, upload.Upload(path))
 
 
 def test_a_cut_upload_goes_on_where_the_storage_has_it(fake, big):
@@ -350,7 +350,7 @@ def test_an_upload_cut_five_times_and_killed_costs_no_more_than_a_tenth(fake, bi
     fake.faults["upload"] = [fault for cut in cuts[:2] for fault in (f"cut:{cut}", "")]
     code = "import sys; from carvana.kaggle import client, submit, upload; from pathlib import Path; "
     code += "api, path = client.sign_in(), Path(sys.argv[1]); "
-    code += "upload.Upload(path).send(lambda: submit.start_upload(api, path))"
+    code += "submit.send(api, upload.Upload(path))"
     process = subprocess.Popen([sys.executable, "-c", code, big], stderr=subprocess.DEVNULL)
     while process.poll() is None and len(fake.stored) <= sum(cuts[:2]) + CHUNK:
         os.sched_yield()

@@ -1,131 +1,48 @@
-"""The only place that knows Kaggle's client: credentials, and calls that end, are repeated, and say why they failed.
+"""The only place that knows Kaggle's client: calls that end, are repeated, and say why they failed.
 
 The client is imported late and kept in check, because importing it authenticates, its requests wait for ever, it prints
 what nobody asked for, and it reports some refusals as success.
 """
 
-import base64
 import contextlib
 import errno
 import io
-import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from urllib.parse import quote
 
 import requests
 from requests.adapters import HTTPAdapter
 
 from carvana.errors import UserError
-from carvana.files import read_json
+from carvana.kaggle.credentials import SETTINGS, config_file, credentials_source, scrub, warn_if_open
 
 COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
-SETTINGS = "https://www.kaggle.com/settings"
-HOME = Path("~/.kaggle")  # where the client looks, whatever KAGGLE_CONFIG_DIR says
 TIMEOUT = (15, 60)  # seconds to connect, and between two bytes
 TRIES, TRANSFER_TRIES = 4, 9  # failures in a row: 14 s apart in all, and 4 minutes where a file would be lost
+PAGE_SIZE, PAGES = 20, 1000  # of Kaggle's lists, and how many pages are read at most
 LONGEST_ANSWER = 16 << 20, 120  # bytes and seconds of what is no file
 
 
-def credentials_source() -> str:
-    """Where the client will take its credentials from, found as it does but without contacting anything.
-
-    UserError where there are none, or where they cannot work.
-    """
-    source = _token_source() or _key_source()
-    if not source:
-        raise UserError(
-            f"No Kaggle credentials. Create a token at {SETTINGS} and save it as ~/.kaggle/kaggle.json "
-            "(kaggle.json.example shows its form), or give a data_dir that already holds the files."
-        )
-    return source
-
-
-def username() -> str:
-    """The account's name, as environment or kaggle.json give it; UserError where they do not."""
-    name = os.environ.get("KAGGLE_USERNAME") or _stored_key(_config_file()).get("username")
-    if not name:
-        raise UserError("The name of the Kaggle account is unknown. Give it: --user NAME.")
-    return name
-
-
-def _token_source() -> str | None:
-    notebook = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
-    if all(os.environ.get(name) for name in notebook) and Path(os.environ[notebook[-1]]).is_file():
-        return "this Kaggle notebook"
-    source, token = "the environment variable KAGGLE_API_TOKEN", _variable("KAGGLE_API_TOKEN")
-    for file in (HOME / name for name in ("access_token", "access_token.txt")):
-        if not token and file.expanduser().is_file():
-            source, token = str(file.expanduser()), file.expanduser().read_text(errors="replace").strip()
-    return _checked(token, source) and source
-
-
-def _key_source() -> str | None:
-    path, name, key = _config_file(), _variable("KAGGLE_USERNAME"), _variable("KAGGLE_KEY")
-    if name and key:
-        return _checked(name + key, "the environment variables KAGGLE_USERNAME and KAGGLE_KEY")
-    stored = _stored_key(path)
-    if name and stored.get("username", name) != name:
-        raise UserError(f"KAGGLE_USERNAME is not the user of {path}. Set KAGGLE_KEY too, or unset KAGGLE_USERNAME.")
-    if stored:
-        _checked(f"{stored['username']}{key or stored['key']}", str(path))
-        return str(path)
-    oauth = HOME.expanduser() / "credentials.json"
-    return str(oauth) if oauth.is_file() else None
-
-
-def _variable(name: str) -> str:
-    """A variable of the environment, without the line break that a copy brings along: the client would send it."""
-    if name in os.environ:
-        os.environ[name] = os.environ[name].strip()
-    return os.environ.get(name, "")
-
-
-def _checked(secret: str, source: str) -> str:
-    """The source; UserError where the secret could not be part of a request, whose error would show it."""
-    if secret and not re.fullmatch("[!-~]+", secret):
-        raise UserError(
-            f"{source}: a blank, a line break or a foreign character is inside. Copy it anew from {SETTINGS}."
-        )
-    return source if secret else ""
-
-
-def _config_file() -> Path:
-    home = HOME.expanduser()
-    if sys.platform.startswith("linux") and not home.exists():
-        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "kaggle"
-    return Path(os.environ.get("KAGGLE_CONFIG_DIR") or home) / "kaggle.json"
-
-
-def _stored_key(path: Path) -> dict[str, Any]:
-    """Contents of kaggle.json, {} without one; the client would ignore a broken one without a word."""
-    if not path.is_file():
-        return {}
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not all(stored.get(field) for field in ("username", "key")):
-        raise UserError(f"{path} must hold username and key, like kaggle.json.example. Download it from {SETTINGS}.")
-    if stored["username"] == "your-kaggle-username":
-        raise UserError(f"{path} still holds the example. Put your own username and key from {SETTINGS} there.")
-    return stored
+class LostAnswerError(UserError):
+    """Nobody knows whether a request has done its work."""
 
 
 def sign_in() -> Any:
     """The official client, authenticated, whose calls go through `with_retries`; UserError where it does not work."""
     source = credentials_source()
-    _warn_if_open(Path(source))
+    warn_if_open(Path(source))
     try:
         with patched_http():
             from kaggle.api.kaggle_api_extended import KaggleApi
 
             api = KaggleApi()
             api.args = [option for option in api.args if option != "--verbose"]  # would print the key
-            api.config = str(_config_file())  # the class keeps the one of its import
+            api.config = str(config_file())  # the class keeps the one of its import
             api.authenticate()
     except SystemExit:
         raise UserError(f"Kaggle refused the credentials of {source}. Create new ones at {SETTINGS}.") from None
@@ -134,11 +51,6 @@ def sign_in() -> Any:
     except Exception as error:
         raise refusal(error, "Signing in") from None
     return api
-
-
-def _warn_if_open(path: Path) -> None:
-    if path.is_file() and path.stat().st_mode & 0o077:
-        print(f"Warning: others on this machine can read {path}. Close it: chmod 600 {path}")
 
 
 @contextlib.contextmanager
@@ -245,38 +157,6 @@ def remedy(said: str, otherwise: str) -> str:
     return "Wait until the limit ends." if re.search("(?i)limit|quota|exceed|too many", said) else otherwise
 
 
-def scrub(error: BaseException | str) -> str:
-    """One line of plain text, without secrets in any form, signed addresses and control codes of a terminal."""
-    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\))", "", str(error))
-    text = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-    for secret in sorted(_secrets(), key=len, reverse=True):
-        text = text.replace(secret, "***")
-    text = re.sub(r"(?i)\b(basic|bearer) +[^\s'\"]+", r"\1 ***", text)
-    return re.sub(r"\?\S+|(?i:signature|token)=\S+", "?...", text)[:200]
-
-
-def _secrets() -> set[str]:
-    """All that the client may send to prove who it is: plain, and as base64 and addresses show it."""
-    variables = [os.environ.get(name, "") for name in ("KAGGLE_KEY", "KAGGLE_TOKEN", "KAGGLE_API_TOKEN")]
-    names, texts, users = ("access_token", "access_token.txt"), list(variables), {os.environ.get("KAGGLE_USERNAME", "")}
-    paths: list[str | Path] = [
-        variables[-1],
-        os.environ.get("KAGGLE_API_V1_TOKEN", ""),
-        *(HOME.expanduser() / name for name in names),
-    ]
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):
-            texts.append(Path(path).read_text(errors="replace"))
-    for path in (_config_file(), HOME.expanduser() / "kaggle.json", HOME.expanduser() / "credentials.json"):
-        with contextlib.suppress(OSError):
-            fields = re.findall(r'"(\w+)"\s*:\s*"([^"]+)"', path.read_text(errors="replace"))  # also of a broken file
-            users |= {value for name, value in fields if name == "username"}
-            texts += [value for name, value in fields if name == "key" or name.endswith("token")]
-    plain = {part for text in texts for part in (text.strip(), *text.split()) if len(part) > 3}
-    coded = {base64.b64encode(text.encode()).decode() for s in plain for text in (s, *(f"{u}:{s}" for u in users))}
-    return plain | coded | {quote(secret, safe="") for secret in plain}
-
-
 class _Message(dict):
     """Fields of a request or of an answer, as Kaggle names them.
 
@@ -305,3 +185,36 @@ def call(api: Any, area: str, method: str, fields: dict[str, Any], streamed: boo
     service, kind = f"{area}.{area[:-1].title()}ApiService", HttpRedirect if streamed else _Message
     with patched_http(), api.build_kaggle_client() as kaggle:
         return kaggle.http_client().call(service, method, _Message(fields), kind)
+
+
+def listed(api: Any, method: str, kind: str, key: str) -> Iterator[dict[str, Any]]:
+    """All entries of a list of the competition, from all its pages.
+
+    method: as on the wire. kind: "files" or "submissions". key: the field that tells entries apart.
+    """
+    token, seen = "", {None}
+    for page in range(1, PAGES + 1):  # a server that goes on listing must not hold us for ever
+        fields = {"competitionName": COMPETITION, "pageToken": token, "pageSize": PAGE_SIZE}
+        fields |= {"page": page} if kind == "submissions" else {}  # which come without a token
+        answer = with_retries(f"The list of {kind}", call, api, "competitions", method, fields)
+        every = answer.get(kind) or []
+        entries = [entry for entry in every if entry and entry.get(key) not in seen]
+        yield from entries
+        seen |= {entry[key] for entry in entries}
+        token = answer.get("nextPageToken") or ""
+        if not entries or not token and len(every) < PAGE_SIZE:
+            return
+
+
+def once(what: str, request: Callable[..., Any], *values: Any) -> Any:
+    """A request that spends something, so that it must not be repeated; UserError where Kaggle refuses it.
+
+    LostAnswerError where it may have done its work; `what` names the thing in the messages.
+    """
+    try:
+        with patched_http():
+            return request(*values)
+    except (Exception, KeyboardInterrupt) as error:
+        if 400 <= status_of(error) < 500 and status_of(error) != 408:  # a gateway says 408 of what may have arrived
+            raise refusal(error, what) from None
+        raise LostAnswerError(f"{what}: Kaggle's answer was lost ({scrub(error) or type(error).__name__}).") from None

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from carvana.data.competition import Competition
 from carvana.errors import UserError, did_you_mean
 from carvana.files import locked, need_space, read_json, sha256, stamp, write_json
-from carvana.kaggle.client import COMPETITION, call, patched_http, scrub, sign_in, with_retries
+from carvana.kaggle.client import COMPETITION, call, listed, patched_http, sign_in, with_retries
+from carvana.kaggle.credentials import scrub
 from carvana.parallel import progress
 
 PIECE = 1 << 16  # bytes written at once, at most lost when a line is cut
 LONGEST = 1 << 36  # bytes of a file whose size is not listed
-PAGES = 1000  # of the listing, read at most
 TABLES = ("train_masks.zip", "train_masks.csv.zip", "metadata.csv.zip", "sample_submission.csv.zip")
 
 
@@ -56,20 +56,21 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
 
 
 def _bring(api: Any, data_dir: Path, sizes: dict[str, int]) -> list[Path]:
-    verified = _manifest(data_dir)
+    verified, paths = _manifest(data_dir), []
     here = {name: _present(data_dir, name, size, verified) for name, size in sizes.items()}
     missing = {name: sizes[name] for name, path in here.items() if not path}
     arrived = sum(_length(_part(data_dir, name)) for name in missing)
     need_space(data_dir, sum(missing.values()) - arrived)
     with progress(None, "downloading", "B", total=sum(missing.values()), initial=arrived, unit_scale=True) as bar:
-        for name, path in here.items():
-            here[name] = path = path or _fetch(api, data_dir, name, sizes[name], bar)
+        for name in sizes:
+            path = here[name] or _fetch(api, data_dir, name, sizes[name], bar)
+            paths.append(path)
             if path.name not in verified:
                 [(_, size, time)] = stamp(path)
                 verified[path.name] = {"name": path.name, "size": size, "time": time, "sha256": sha256(path)}
                 write_json(data_dir / "download.json", list(verified.values()))
             bar.write(f"{path}: {'has arrived' if name in missing else 'was there'}, verified")
-    return list(here.values())
+    return paths
 
 
 def verify(data_dir: str | Path) -> list[Path]:
@@ -84,17 +85,8 @@ def verify(data_dir: str | Path) -> list[Path]:
 
 def list_files(api: Any) -> dict[str, int]:
     """Name -> bytes of every file of the competition, from all pages of the listing."""
-    sizes: dict[str, int] = {}
-    token = ""
-    for _ in range(PAGES):  # a server that goes on listing must not hold us for ever
-        fields = {"competitionName": COMPETITION, "pageToken": token}
-        page = with_retries("The list of files", call, api, "competitions", "ListDataFiles", fields)
-        files = {scrub(file["name"]): file.get("totalBytes") or 0 for file in page.get("files") or []}
-        token = page.get("nextPageToken") if files.keys() - sizes.keys() else ""
-        sizes |= files
-        if not token:
-            break
-    return sizes
+    entries = listed(api, "ListDataFiles", "files", "name")
+    return {scrub(entry["name"]): entry.get("totalBytes") or 0 for entry in entries}
 
 
 def _listed(name: str, sizes: dict[str, int]) -> str:
@@ -126,7 +118,7 @@ def _fault(path: Path, size: int) -> str:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 sizes.append(sum(member.file_size for member in archive.infolist()))
-                broken = archive.testzip()
+                broken = archive.testzip() or ""
     except Exception as error:  # a damaged archive makes zipfile raise whatever its bytes lead to
         broken = str(error) or type(error).__name__
     if broken:

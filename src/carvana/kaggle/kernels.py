@@ -21,17 +21,8 @@ from packaging.requirements import Requirement
 
 from carvana.errors import UserError
 from carvana.files import atomic, project_root, read_json, write_json, write_text
-from carvana.kaggle.client import (
-    COMPETITION,
-    call,
-    patched_http,
-    refusal,
-    remedy,
-    scrub,
-    sign_in,
-    status_of,
-    with_retries,
-)
+from carvana.kaggle.client import COMPETITION, LostAnswerError, call, once, remedy, sign_in, status_of, with_retries
+from carvana.kaggle.credentials import scrub
 from carvana.kaggle.upload import Upload
 
 NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
@@ -181,7 +172,8 @@ def _push_dataset(api: Any, folder: Path) -> None:
     exists = _state(api, "datasets", "GetDatasetStatus", dataset) is not None
     paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
     uploads = [Upload(path) for path in paths]
-    files = [{"token": _sent(api, upload)} for upload in uploads]
+    begin = [(api, "blobs", "StartBlobUpload", {"type": "DATASET", "name": path.name}) for path in paths]
+    files = [{"token": upload.send(*asked)} for upload, asked in zip(uploads, begin, strict=True)]
     if exists:
         body = {"versionNotes": "carvana kernel push", "files": files}
         answer = _once(ref, call, api, "datasets", "CreateDatasetVersion", dataset | {"body": body})
@@ -212,28 +204,11 @@ def _wait_until_ready(api: Any, dataset: dict[str, str], settling: int) -> None:
 
 
 def _once(what: str, request: Callable, *values: Any) -> Any:
-    """A request that must not be repeated after a lost answer: it would make a second version or start a session."""
+    """`once`; a lost answer says where to look, since it may have made a version or started a session."""
     try:
-        with patched_http():
-            return request(*values)
-    except (Exception, KeyboardInterrupt) as error:
-        if 400 <= status_of(error) < 500 and status_of(error) != 408:
-            raise refusal(error, f"{what} was not pushed") from None
-        reason = scrub(error) or type(error).__name__
-        look = f"It may be there, and a kernel may run. Look at {CODE}/{what} before you push again."
-        raise UserError(f"{what}: Kaggle's answer was lost ({reason}). {look}") from None
-
-
-def _sent(api: Any, upload: Upload) -> str:
-    """Token of a file of the dataset, once all of it has arrived."""
-    path = upload.path
-
-    def start() -> tuple[str, str]:
-        fields = {"type": "DATASET", "name": path.name, "contentLength": path.stat().st_size}
-        answer = with_retries(f"Upload of {path}", call, api, "blobs", "StartBlobUpload", fields)
-        return answer.get("token", ""), answer.get("createUrl", "")
-
-    return upload.send(start)
+        return once(f"Push of {what}", request, *values)
+    except LostAnswerError as error:
+        raise UserError(f"{error} A kernel may run. Look at {CODE}/{what} before you push again.") from None
 
 
 def _state(api: Any, *asked: Any) -> str | None:
@@ -256,7 +231,8 @@ def install(suite: Path, dataset: Path) -> list[str]:
     suite: the unpacked suite.zip. dataset: folder of the wheels. Needs nothing but pip and packaging.
     """
     lacking = [str(wanted) for wanted in requirements(suite / "requirements.txt") if not _is_there(wanted)]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", dataset]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    command += ["--find-links", str(dataset)]
     if lacking:
         ended = subprocess.run([*command, *lacking], capture_output=True, text=True, check=False)
         if ended.returncode:

@@ -6,7 +6,6 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +15,15 @@ import pandas as pd
 
 from carvana.errors import UserError
 from carvana.files import locked, sha256, write_text
-from carvana.kaggle.client import COMPETITION, PAGE, call, refusal, remedy, scrub, sign_in, status_of, with_retries
+from carvana.kaggle.client import COMPETITION, PAGE, LostAnswerError, call, listed, once, remedy, sign_in, with_retries
+from carvana.kaggle.credentials import scrub
 from carvana.kaggle.upload import Upload
 from carvana.run import Run
 from carvana.submission import Expected, Validation, validate
 
 LISTED = f"{PAGE}/submissions"
 POLL = 10  # seconds between two looks at a submission that is not scored yet
-PAGE_SIZE, PAGES = 20, 100  # of Kaggle's list of submissions; how many are read at most
+LIST = "ListSubmissions", "submissions", "ref"
 COLUMNS = ("time", "run", "file", "sha256", "message", "ref", "status", "public_score", "private_score")
 MARK = re.compile(r"\[[0-9a-f]{8}\]$")  # ends the description on Kaggle, so that a lost answer can be looked up
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take for one; a ' in front stops it
@@ -104,13 +104,20 @@ def _allowed(api: Any) -> int | None:
     return limits.get("numAllowedNow") or (0 if limits.get("numToday") else None)
 
 
+def send(api: Any, upload: Upload) -> str:
+    """Bring a submission's file to Kaggle's storage; returns the token that stands for it."""
+    modified = int(upload.path.stat().st_mtime)
+    fields = {"competitionName": COMPETITION, "fileName": upload.path.name, "lastModifiedEpochSeconds": modified}
+    return upload.send(api, "competitions", "StartSubmissionUpload", fields)
+
+
 def _create(api: Any, entry: Entry, ledger: Path) -> Row:
     """Upload the file and ask once for a submission of it; returns its row, "unknown" where the answer was lost.
 
     The row is on the disk before that request, so that nothing that happens afterwards sends the file again.
     """
     path, file_hash, upload = entry.path, sha256(entry.path), Upload(entry.path)
-    token = upload.send(lambda: start_upload(api, path))
+    token = send(api, upload)
     if sha256(path) != file_hash:
         upload.done()
         raise UserError(f"{path} was replaced while it was uploaded, and is not submitted. Start again.")
@@ -121,13 +128,13 @@ def _create(api: Any, entry: Entry, ledger: Path) -> Row:
     upload.done()
     fields = {"competitionName": COMPETITION, "blobFileTokens": token, "submissionDescription": message}
     try:
-        answer = call(api, "competitions", "CreateSubmission", fields)
-    except Exception as error:
-        if 400 <= status_of(error) < 500 and status_of(error) != 408:  # a gateway says 408 of what may have arrived
-            _record(ledger, row | {"status": "error"})
-            raise refusal(error, f"Submission of {path}") from None
-        print(f"{path}: Kaggle's answer was lost ({scrub(error)}). Looking for {message} at {LISTED}")
+        answer = once(f"Submission of {path}", call, api, "competitions", "CreateSubmission", fields)
+    except LostAnswerError as error:
+        print(f"{error} Looking for {message} at {LISTED}")
         return row
+    except UserError:
+        _record(ledger, row | {"status": "error"})
+        raise
     said = scrub(answer.get("message") or "")
     if answer.get("ref"):
         row |= {"ref": str(answer["ref"]), "status": "pending"}
@@ -136,15 +143,6 @@ def _create(api: Any, entry: Entry, ledger: Path) -> Row:
         _record(ledger, row | {"status": "error"})
         raise UserError(f"{path}: Kaggle did not take it ({said}). Look at {LISTED}.")
     return row
-
-
-def start_upload(api: Any, path: Path) -> tuple[str, str]:
-    """Token of a new upload and the address that takes it."""
-    stat = path.stat()
-    fields = {"competitionName": COMPETITION, "fileName": path.name, "contentLength": stat.st_size}
-    fields |= {"lastModifiedEpochSeconds": int(stat.st_mtime)}
-    answer = with_retries(f"Upload of {path}", call, api, "competitions", "StartSubmissionUpload", fields)
-    return answer.get("token", ""), answer.get("createUrl", "")
 
 
 def _wait(api: Any, ledger: Path, row: Row, minutes: float) -> str:
@@ -157,7 +155,7 @@ def _wait(api: Any, ledger: Path, row: Row, minutes: float) -> str:
     trouble = ""
     for _ in range(1 + int(60 * minutes / POLL)):
         try:
-            entry = next((entry for entry in _entries(api) if _belongs(entry, row)), None)
+            entry = next((entry for entry in listed(api, *LIST) if _belongs(entry, row)), None)
             trouble = ""
         except UserError as error:  # the submission stands, whatever happens to the look
             if str(error) != trouble:
@@ -172,21 +170,6 @@ def _wait(api: Any, ledger: Path, row: Row, minutes: float) -> str:
             break
         time.sleep(POLL)
     return trouble
-
-
-def _entries(api: Any) -> Iterator[dict[str, Any]]:
-    """Kaggle's own entries of all submissions, newest first, page by page."""
-    token, seen = "", {None}
-    for page in range(1, PAGES + 1):
-        fields = {"competitionName": COMPETITION, "page": page, "pageToken": token, "pageSize": PAGE_SIZE}
-        answer = with_retries(LISTED, call, api, "competitions", "ListSubmissions", fields)
-        listed = answer.get("submissions") or []
-        entries = [entry for entry in listed if entry and entry.get("ref") not in seen]
-        yield from entries
-        seen |= {entry["ref"] for entry in entries}
-        token = answer.get("nextPageToken") or ""
-        if not entries or not token and len(listed) < PAGE_SIZE:
-            return
 
 
 def _belongs(entry: dict[str, Any], row: Row) -> bool:
@@ -248,7 +231,7 @@ def ledger_table(submissions_dir: Path, runs_dir: Path) -> pd.DataFrame:
 def refresh(submissions_dir: Path) -> None:
     """Bring status and scores of the ledger's uploads up to date; reads Kaggle's list once."""
     path = submissions_dir / "ledger.csv"
-    entries = list(_entries(sign_in()))
+    entries = list(listed(sign_in(), *LIST))
     for row in ledger_rows(path):
         for entry in entries:
             if _belongs(entry, row):

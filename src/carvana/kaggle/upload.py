@@ -5,7 +5,6 @@ The client would send a cut upload anew from its start.
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tqdm.utils import CallbackIOWrapper
 
 from carvana.errors import UserError
 from carvana.files import atomic, read_json, stamp
-from carvana.kaggle.client import with_retries
+from carvana.kaggle.client import call, with_retries
 from carvana.parallel import progress
 
 
@@ -29,13 +28,18 @@ class Upload:
         self.cut, self.arrived = note.get("stamp") == self.stamp, 0  # cut: the storage may have a part of it
         self.facts: dict[str, Any] = note if self.cut else {"stamp": self.stamp}
 
-    def send(self, start: Callable[[], tuple[str, str]]) -> str:
-        """Bring every byte there; returns the token that stands for the file. start: asks for (token, address)."""
+    def send(self, api: Any, area: str, method: str, fields: dict[str, Any]) -> str:
+        """Bring every byte there; returns the token that stands for the file.
+
+        area, method, fields: the request that begins an upload, as for `call`, but for the length.
+        """
         what, size = f"Upload of {self.path}", self.path.stat().st_size
         with progress(None, "uploading", "B", total=size, unit_scale=True) as bar:  # here, where stderr is seen
             for again in (False, True):
                 if "token" not in self.facts:
-                    self.facts["token"], self.facts["address"] = start()
+                    begin = area, method, fields | {"contentLength": size}
+                    answer = with_retries(what, call, api, *begin)
+                    self.facts |= {"token": answer.get("token", ""), "address": answer.get("createUrl", "")}
                     self.save()
                 if with_retries(what, self._put, size, bar, grown=lambda: self.arrived):
                     return str(self.facts["token"])
