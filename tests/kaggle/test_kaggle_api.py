@@ -112,10 +112,11 @@ def test_a_line_break_behind_a_secret_does_no_harm(fake, monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize("inside", ["\n", "\r\n", " ", "\x1b[1m", "\u00e9"])
-@pytest.mark.parametrize("place", ["KAGGLE_API_TOKEN", "access_token", "KAGGLE_KEY"])
+@pytest.mark.parametrize("place", ["KAGGLE_API_TOKEN", "access_token", "KAGGLE_KEY", "my token"])
 def test_a_secret_of_two_lines_is_refused_and_not_shown(fake, monkeypatch, tmp_path, place, inside):
-    path = tmp_path / "home" / ".kaggle" / "access_token"
-    if place == "access_token":
+    path = tmp_path / "home" / ".kaggle" / place
+    if "token" in place:
+        monkeypatch.setenv("KAGGLE_API_TOKEN", str(path) if place == "my token" else "")
         path.write_bytes((KEY + inside + KEY[::-1]).encode())
     else:
         monkeypatch.setenv(place, KEY + inside + KEY[::-1])

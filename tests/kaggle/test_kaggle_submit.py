@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import gzip
 import io
 import os
 import re
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from fake_kaggle import CHUNK, refused
 
-from carvana import cli, files
+from carvana import cli, files, pipeline
+from carvana.errors import UserError
 from carvana.kaggle import client, submit, upload
 from carvana.submission import Expected
 
@@ -387,3 +389,19 @@ def test_nothing_is_uploaded_when_the_day_is_over_or_nobody_confirms(fake, sub, 
     fake.limits = {}  # a team without a submission so far
     monkeypatch.setattr("builtins.input", lambda _: "y")
     assert submit.submit(**sub)["status"] == "complete"
+
+
+def test_the_notebook_asks_for_the_score_until_it_is_there(fake, competition, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_NO_SLEEP", "1")
+    fake.pending = 10**6
+    (tmp_path / "submissions").mkdir()
+    with gzip.open(tmp_path / "submissions" / "r1.csv.gz", "wb") as file:
+        file.write((competition / "truth.csv").read_bytes())
+    values = {"data_dir": competition, "runs_dir": tmp_path / "runs", "submissions_dir": tmp_path / "submissions"}
+    values = {name: str(path) for name, path in values.items()} | {"run_name": "r1", "submit": True}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"r1.csv.gz is on Kaggle but has no score yet. The same command asks for"):
+            pipeline.execute("06_submit", tmp_path / "out.ipynb", values)
+    fake.pending = 0
+    pipeline.execute("06_submit", tmp_path / "out.ipynb", values)
+    assert len(fake.submissions) == 1

@@ -43,9 +43,12 @@ def _token_source() -> str | None:
     if all(os.environ.get(name) for name in notebook) and Path(os.environ[notebook[-1]]).is_file():
         return "this Kaggle notebook"
     source, token = "the environment variable KAGGLE_API_TOKEN", _variable("KAGGLE_API_TOKEN")
-    for file in (HOME / name for name in ("access_token", "access_token.txt")):
-        if not token and file.expanduser().is_file():
-            source, token = str(file.expanduser()), file.expanduser().read_text(errors="replace").strip()
+    files = [HOME.expanduser() / name for name in ("access_token", "access_token.txt")]
+    for file in [Path(token)] if token else files:  # the variable may name a file too
+        with contextlib.suppress(OSError):
+            if text := file.read_text(errors="replace").strip():
+                source, token = str(file), text
+                break
     return _checked(token, source) and source
 
 
@@ -112,26 +115,20 @@ def scrub(error: BaseException | str) -> str:
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, "***")
     text = re.sub(r"(?i)\b(basic|bearer) +[^\s'\"]+", r"\1 ***", text)
-    return re.sub(r"\?\S+|(?i:signature|token)=\S+", "?...", text)[:200]
+    return re.sub(r"\?\S+|(?i:signature|token)=\S+", "?...", text)[:300]
 
 
 def _secrets() -> set[str]:
     """All that the client may send to prove who it is: plain, and as base64 and addresses show it."""
-    variables = [os.environ.get(name, "") for name in ("KAGGLE_KEY", "KAGGLE_TOKEN", "KAGGLE_API_TOKEN")]
-    names, texts, users = ("access_token", "access_token.txt"), list(variables), {os.environ.get("KAGGLE_USERNAME", "")}
-    paths: list[str | Path] = [
-        variables[-1],
-        os.environ.get("KAGGLE_API_V1_TOKEN", ""),
-        *(HOME.expanduser() / name for name in names),
-    ]
-    for path in paths:
+    home, names = HOME.expanduser(), ("KAGGLE_KEY", "KAGGLE_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_API_V1_TOKEN")
+    texts, users = [os.environ.get(name, "") for name in names], {os.environ.get("KAGGLE_USERNAME", "")}
+    files = [home / name for name in ("access_token", "access_token.txt", "kaggle.json", "credentials.json")]
+    for path in (*texts[2:], *files, config_file()):  # a token may also be the path of a file
         with contextlib.suppress(OSError, ValueError):
-            texts.append(Path(path).read_text(errors="replace"))
-    for path in (config_file(), HOME.expanduser() / "kaggle.json", HOME.expanduser() / "credentials.json"):
-        with contextlib.suppress(OSError):
-            fields = re.findall(r'"(\w+)"\s*:\s*"([^"]+)"', path.read_text(errors="replace"))  # also of a broken file
+            text = Path(path).read_text(errors="replace")
+            fields = re.findall(r'"(\w+)"\s*:\s*"([^"]+)"', text)  # also of a broken file
             users |= {value for name, value in fields if name == "username"}
-            texts += [value for name, value in fields if name == "key" or name.endswith("token")]
-    plain = {part for text in texts for part in (text.strip(), *text.split()) if len(part) > 3}
+            texts += [value for name, value in fields if re.search("key|token", name)] if fields else [text]
+    plain = {part for text in texts for part in (text.strip(), *text.split()) if len(part) > 5}
     coded = {base64.b64encode(text.encode()).decode() for s in plain for text in (s, *(f"{u}:{s}" for u in users))}
     return plain | coded | {quote(secret, safe="") for secret in plain}
