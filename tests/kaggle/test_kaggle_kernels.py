@@ -154,7 +154,7 @@ def test_a_push_that_is_interrupted_says_where_to_look(fake, built, monkeypatch)
     api = client.sign_in()
     monkeypatch.setattr(api, "kernels_push", interrupted)
     monkeypatch.setattr(kernels, "sign_in", lambda: api)
-    refused("KeyboardInterrupt.*A kernel may run. Look at", kernels.push, built)
+    refused("stopped. A kernel may run. Look at", kernels.push, built)
 
 
 def test_the_old_version_of_a_dataset_is_not_taken_for_the_new_one(fake, built, monkeypatch, capfd):

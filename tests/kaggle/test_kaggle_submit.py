@@ -334,6 +334,18 @@ def test_a_file_that_is_replaced_while_it_is_uploaded_is_not_sent_as_a_mix(fake,
     assert fake.uploaded == []
 
 
+def test_a_file_that_is_replaced_while_a_person_confirms_is_not_submitted(fake, sub, monkeypatch):
+    def confirm(_):
+        sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3 1\nb.jpg,1 11\n")
+        return "y"
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", confirm)
+    refused("was replaced while it was confirmed", submit.submit, **sub | {"yes": False})
+    assert (fake.calls("CreateSubmission"), ledger(sub)) == (0, [])
+
+
 def test_the_bar_of_an_upload_is_seen(fake, big, capfd):
     fake.faults["upload"] = [f"cut:{CHUNK}"]
     send(big)

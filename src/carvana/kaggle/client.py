@@ -214,7 +214,7 @@ def once(what: str, request: Callable[..., Any], *values: Any) -> Any:
     try:
         with patched_http():
             return request(*values)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if 400 <= status_of(error) < 500 and status_of(error) != 408:  # a gateway says 408 of what may have arrived
             raise refusal(error, what) from None
         raise LostAnswerError(f"{what}: Kaggle's answer was lost ({scrub(error) or type(error).__name__}).") from None

@@ -123,9 +123,9 @@ def _secrets() -> set[str]:
     home, names = HOME.expanduser(), ("KAGGLE_KEY", "KAGGLE_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_API_V1_TOKEN")
     texts, users = [os.environ.get(name, "") for name in names], {os.environ.get("KAGGLE_USERNAME", "")}
     files = [home / name for name in ("access_token", "access_token.txt", "kaggle.json", "credentials.json")]
-    for path in (*texts[2:], *files, config_file()):  # a token may also be the path of a file
+    for path in (*map(Path, texts[2:]), *files, config_file()):  # a token may also be the path of a file
         with contextlib.suppress(OSError, ValueError):
-            text = Path(path).read_text(errors="replace")
+            text = path.read_text(errors="replace")
             fields = re.findall(r'"(\w+)"\s*:\s*"([^"]+)"', text)  # also of a broken file
             users |= {value for name, value in fields if name == "username"}
             texts += [value for name, value in fields if re.search("key|token", name)] if fields else [text]

@@ -207,8 +207,9 @@ def _once(what: str, request: Callable, *values: Any) -> Any:
     """`once`; a lost answer says where to look, since it may have made a version or started a session."""
     try:
         return once(f"Push of {what}", request, *values)
-    except LostAnswerError as error:
-        raise UserError(f"{error} A kernel may run. Look at {CODE}/{what} before you push again.") from None
+    except (LostAnswerError, KeyboardInterrupt) as error:
+        said = str(error) or f"Push of {what}: stopped."
+        raise UserError(f"{said} A kernel may run. Look at {CODE}/{what} before you push again.") from None
 
 
 def _state(api: Any, *asked: Any) -> str | None:

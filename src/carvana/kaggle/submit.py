@@ -56,7 +56,8 @@ def submit(
     validation = validate(path, expected)
     if not validation.ok:
         raise UserError(f"{path} is not uploaded. {validation.problems[0]}.")
-    row, trouble = _sent_row(entry, ledger), ""
+    file_hash, trouble = sha256(path), ""
+    row = _sent_row(entry, ledger, file_hash)
     if row:
         known = f"submission {row['ref']}" if row["ref"] else f"sent on {row['time']} as {row['message']}"
         print(f"{path}: the same file is {known} already, so it is not sent again ({ledger})")
@@ -65,7 +66,7 @@ def submit(
         if not row:
             _confirm(api, entry, validation, yes)
         with locked(submissions_dir / ".lock", "a submission"):  # another process may have sent it meanwhile
-            row = _sent_row(entry, ledger) or _create(api, entry, ledger)
+            row = _sent_row(entry, ledger, file_hash) or _create(api, entry, ledger, file_hash)
         trouble = _wait(api, ledger, row, wait_minutes)
     if row["status"] == "error":
         advice = remedy(trouble, "Mend the file first.")
@@ -111,16 +112,18 @@ def send(api: Any, upload: Upload) -> str:
     return upload.send(api, "competitions", "StartSubmissionUpload", fields)
 
 
-def _create(api: Any, entry: Entry, ledger: Path) -> Row:
+def _create(api: Any, entry: Entry, ledger: Path, file_hash: str) -> Row:
     """Upload the file and ask once for a submission of it; returns its row, "unknown" where the answer was lost.
+
+    file_hash: of the file that was validated and confirmed; UserError where it has been replaced since.
 
     The row is on the disk before that request, so that nothing that happens afterwards sends the file again.
     """
-    path, file_hash, upload = entry.path, sha256(entry.path), Upload(entry.path)
+    path, upload = entry.path, Upload(entry.path)
     token = send(api, upload)
     if sha256(path) != file_hash:
         upload.done()
-        raise UserError(f"{path} was replaced while it was uploaded, and is not submitted. Start again.")
+        raise UserError(f"{path} was replaced while it was confirmed or uploaded, and is not submitted. Start again.")
     message = f"{entry.message} [{secrets.token_hex(4)}]"
     row: Row = dict.fromkeys(COLUMNS, "") | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
     row |= {"run": entry.run_name, "file": path.name, "sha256": file_hash, "message": message, "status": "unknown"}
@@ -253,8 +256,8 @@ def _record(path: Path, row: Row) -> None:
         write_text(path, text.getvalue())
 
 
-def _sent_row(entry: Entry, ledger: Path) -> Row | None:
+def _sent_row(entry: Entry, ledger: Path, file_hash: str) -> Row | None:
     """The ledger's last row of the same file that was not rejected; None for a file that is to be sent."""
-    rows, file_hash = ledger_rows(ledger), sha256(entry.path)  # read even if not needed, to find it broken in time
+    rows = ledger_rows(ledger)  # also for `again`, to find it broken in time
     sent = [row for row in rows if row["sha256"] == file_hash and row["status"] != "error"]
     return sent[-1] if sent and not entry.again else None
