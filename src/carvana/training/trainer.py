@@ -48,9 +48,7 @@ class Trainer:
         group_size = recipe.accumulate * processes
         keys = batches(len(self.train_rows), recipe.batch_size, group_size, recipe.epochs, recipe.seed)
         data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes)
-        if not run.checkpoint(fold).exists() and (self.folder / "state.pt").exists():
-            print(f"{run.checkpoint(fold)} is lost: the fold is trained anew.")
-            (self.folder / "state.pt").unlink(missing_ok=True)
+        self.best_exists = run.checkpoint(fold).exists()  # as all processes see it before one of them writes
         check_processes(processes)
         use_gpu(fold)
         self.state = TrainState(recipe, fold, len(keys) // processes, data, self.folder / "state.pt")
@@ -78,6 +76,7 @@ class Trainer:
         state, pending, began = self.state, [], time.monotonic()
         if not state.history:  # the untrained network
             self.save_snapshot()
+        if not self.best_exists:  # yet, or any more: what state.pt holds is the best that is left
             self.validate_and_checkpoint()
         saved = clock = time.monotonic()
         for images, targets, rows in self._progress(self.loader(workers)):
@@ -121,7 +120,8 @@ class Trainer:
         scores = self.validator.scores(state.network, rows)
         state.seconds += time.monotonic() - started
         self.measured_from = state.step, state.seconds
-        best = max((row["dice"] for row in state.history), default=-1.0)
+        best = max(row["dice"] for row in state.history) if self.best_exists else -1.0
+        self.best_exists = True
         row: dict[str, float] = {"epoch": state.step // self.steps_per_epoch, "step": state.step}
         row |= {"images_seen": state.step * self.recipe.batch_size * self.processes, "images_scored": len(rows)}
         row |= {"seconds": round(state.seconds, 1), "speed": round(self.speed, 2), "lr": state.lr}
