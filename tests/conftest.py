@@ -24,7 +24,7 @@ SMALL = 40, 60  # height and width of masks made by hand
 MEMBER_SIZES = (96, 128), (64, 96)
 
 RECIPE = {
-    "arch": "unet", "encoder": "resnet18", "encoder_weights": "", "decoder_channels": "16,8,8,8,8",
+    "arch": "unet", "encoder": "resnet18", "encoder_weights": "", "init_from": "", "decoder_channels": "16,8,8,8,8",
     "height": 96, "width": 128, "epochs": 3, "start_size": 1.0, "batch_size": 4, "accumulate": 1, "lr": 3e-3,
     "optimizer": "adamw",
     "weight_decay": 0.01, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0, "loss": "bce_dice", "ema": 0.9,

@@ -39,11 +39,12 @@ TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
 PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
     "run_name": NAME,
     "members": NAME,
+    "init_from": NAME,
     "tta": (TTA, "is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... from 0.25 to 4"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
     **dict.fromkeys(("exclude", "ensemble", "test_dir", "sample"), (r"[^\0]*", "is no file. Give its path")),
 }
-LISTS = ("members", "tta")
+LISTS = ("members", "init_from", "tta")  # which may be empty
 WHOLE, NUMBER = r"[-+]?(0|[1-9]\d{0,18})", r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?"  # no 010, 1:30, 1_000
 
 

@@ -1,4 +1,5 @@
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +177,8 @@ def test_accumulated_steps_leave_the_same_moving_average_as_whole_ones(monkeypat
     images = torch.randint(0, 256, (6, 1, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     averages = []
     for accumulate in (1, 4):
-        chosen = recipe(height=32, width=32, accumulate=accumulate, optimizer="sgd", loss="bce", ema=0.99)
+        steady = {"schedule": "constant", "warmup": 0.0, "optimizer": "sgd", "loss": "bce", "ema": 0.99}
+        chosen = recipe(height=32, width=32, accumulate=accumulate, **steady)
         state = TrainState(chosen, 0, 6 * accumulate, "data", tmp_path / f"{accumulate}.pt")
         for image in images:
             for _ in range(accumulate):  # the mean gradient of four equal images is that of one
@@ -278,6 +280,32 @@ def test_parameters_that_a_network_does_not_use_can_be_shared_by_processes(share
     command = [sys.executable, "-m", *launch, str(script), str(tmp_path), "run", "0"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_second_stage_starts_from_the_weights_of_the_same_fold(shared_competition, tmp_path):
+    changes = {"epochs": 1, "crop_height": 64, "crop_width": 64, "init_from": "first"}
+    train(trainer_of(shared_competition, tmp_path / "first", epochs=1))
+    second = trainer_of(shared_competition, tmp_path / "second", **changes)
+    best = load_file(tmp_path / "first" / "fold0" / "best.safetensors")
+    for name, tensor in second.state.network.state_dict().items():
+        assert torch.equal(tensor, best[name])
+    assert torch.equal(second.state.model.net.encoder.conv1.weight, best["net.encoder.conv1.weight"])
+    train(second)
+    assert trainer_of(shared_competition, tmp_path / "second", **changes).finished
+
+
+@pytest.mark.parametrize(("changes", "fold", "message"), [
+    ({"decoder_channels": "32,16,8,8,8"}, 0, "first/fold0/best.safetensors is of another network"),
+    ({}, 1, "first/fold1/best.safetensors does not exist. Train that fold first"),
+    ({"init_from": "lost"}, 0, "lost/folds.csv does not exist"),
+    ({"holdout_cars": 1}, 0, "first has other folds, and has seen cars of this one"),
+])  # fmt: skip
+def test_a_start_that_is_another_network_or_has_seen_the_cars_is_refused(
+    trained, shared_competition, tmp_path, changes, fold, message
+):
+    shutil.copytree(trained[2], tmp_path / "first")
+    with pytest.raises(UserError, match=message):
+        trainer_of(shared_competition, tmp_path / "second", fold, **{"init_from": "first"} | changes)
 
 
 def test_several_processes_never_train_on_one_gpu(shared_competition, tmp_path, monkeypatch):

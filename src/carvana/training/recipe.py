@@ -25,6 +25,7 @@ class Recipe:
     arch: str
     encoder: str
     encoder_weights: str
+    init_from: str
     decoder_channels: str
     height: int
     width: int

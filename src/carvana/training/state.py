@@ -16,7 +16,7 @@ from carvana.data.dataset import resized
 from carvana.device import connected, precision
 from carvana.errors import UserError
 from carvana.files import atomic
-from carvana.models import SegmentationModel, load_encoder
+from carvana.models import SegmentationModel, load_checkpoint, load_encoder
 from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 
@@ -39,8 +39,8 @@ class TrainState:
         self.accelerator = _accelerator(recipe)
         self.device = self.accelerator.device
         torch.manual_seed(recipe.seed * 1000 + fold)
-        model = SegmentationModel(recipe.model_config)
-        self.weights_note = "Weights: state.pt." if path.exists() else load_encoder(model, recipe.encoder_weights)
+        model, weights = SegmentationModel(recipe.model_config), "" if recipe.init_from else recipe.encoder_weights
+        self.weights_note = "Weights: state.pt." if path.exists() else load_encoder(model, weights)
         self.ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         fused = {"fused": True} if recipe.optimizer in FUSED else {}
         optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **fused)
@@ -50,6 +50,17 @@ class TrainState:
         self._loss = loss_named(recipe.loss)
         if path.exists():
             self.resume()
+
+    def start_from(self, path: Path) -> None:
+        """Take the weights of a checkpoint in the place of random ones; UserError where the network is another."""
+        weights = load_checkpoint(path)[0].state_dict()
+        try:
+            for model in (self.accelerator.unwrap_model(self.model), self.network):
+                model.load_state_dict(weights)
+        except RuntimeError as error:
+            advice = "Give the same arch, encoder and decoder_channels."
+            raise UserError(f"init_from: {path} is of another network. {advice}") from error
+        self.weights_note = f"Weights: {path}."
 
     @property
     def network(self) -> torch.nn.Module:

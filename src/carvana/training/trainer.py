@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from carvana.data.competition import Competition
 from carvana.data.dataset import TrainDataset, batches, training_samples
 from carvana.device import check_processes, use_gpu
 from carvana.errors import UserError
-from carvana.files import fingerprint, write_text
+from carvana.files import fingerprint, sha256, write_text
 from carvana.models import save_checkpoint
 from carvana.parallel import progress
 from carvana.run import Run
@@ -47,16 +48,32 @@ class Trainer:
         self.source = training_samples(competition, recipe.height, recipe.width, run.cache_dir)
         group_size = recipe.accumulate * processes
         keys = batches(len(self.train_rows), recipe.batch_size, group_size, recipe.epochs, recipe.seed)
-        data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes)
+        start = self._start()
+        hashes = [sha256(start)] if start else []
+        data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes, *hashes)
         self.best_exists = run.checkpoint(fold).exists()  # as all processes see it before one of them writes
         check_processes(processes)
         use_gpu(fold)
         self.state = TrainState(recipe, fold, len(keys) // processes, data, self.folder / "state.pt")
+        if start and not self.state.history:
+            self.state.start_from(start)
         self.rank = self.state.accelerator.process_index
         self.batch_keys = keys[self.rank :: processes]
         self.steps_per_epoch = self.state.total_steps // recipe.epochs
         self.validator = Validator(self.samples, self.source, recipe.batch_size, self.state.accelerator)
         self.measured_from, self.speed = (self.state.step, self.state.seconds), math.nan  # images/s
+
+    def _start(self) -> Path | None:
+        """The checkpoint of this very fold in the run `init_from`; UserError where it has seen cars of this fold."""
+        if not self.recipe.init_from:
+            return None
+        earlier = Run(self.run.runs_dir, self.recipe.init_from)
+        if not earlier.folds().equals(self.folds):
+            advice = "Give both runs the same n_folds, holdout_cars and seed."
+            raise UserError(f"init_from: {earlier.folder} has other folds, and has seen cars of this one. {advice}")
+        if not earlier.checkpoint(self.fold).exists():
+            raise UserError(f"init_from: {earlier.checkpoint(self.fold)} does not exist. Train that fold first.")
+        return earlier.checkpoint(self.fold)
 
     @property
     def finished(self) -> bool:
