@@ -328,3 +328,12 @@ def test_every_test_image_has_its_own_size_and_a_broken_one_none(competition):
     (competition / "test" / FIVE[2]).write_bytes(b"\xff\xd8 not an image")
     test = Competition(competition).test()
     assert [test.size_of(name) for name in FIVE] == [(HEIGHT, WIDTH), (32, 64), (0, 0), (HEIGHT, WIDTH)]
+
+
+def test_kaggle_mounts_the_data_in_one_of_two_places(shared_competition, tmp_path, monkeypatch):
+    monkeypatch.setattr("carvana.data.competition.MOUNTS", tmp_path)
+    (tmp_path / "competitions").mkdir()
+    (tmp_path / "competitions" / "carvana").symlink_to(shared_competition)
+    assert len(Competition(tmp_path / "carvana").samples) == len(Competition(shared_competition).samples)
+    (tmp_path / "competitions").rename(tmp_path / "carvana")  # also a folder of that name right there
+    assert Competition(tmp_path / "carvana").folder == tmp_path / "carvana"

@@ -19,6 +19,9 @@ from carvana.files import optional_path, resolve
 from carvana.parallel import progress
 
 
+MOUNTS = Path("/kaggle/input")  # where Kaggle's notebooks find data, today in competitions/ and datasets/ below it
+
+
 @dataclass(frozen=True)
 class TestSet:
     """Images to predict, and the names that a submission must hold, in order."""
@@ -45,6 +48,8 @@ class Competition:
 
     def __init__(self, data_dir: str | Path, hq: bool = False, exclude: str | Path = ""):
         self.folder, self.hq, self.exclude = resolve(data_dir), hq, optional_path(exclude)
+        if self.folder.parent == MOUNTS and not self.folder.exists():
+            self.folder = next(MOUNTS.glob(f"*/{self.folder.name}"), self.folder)
 
     @property
     def parameters(self) -> dict[str, str | bool]:
