@@ -18,7 +18,6 @@ from carvana.errors import UserError, did_you_mean
 from carvana.files import optional_path, resolve
 from carvana.parallel import progress
 
-
 MOUNTS = Path("/kaggle/input")  # where Kaggle's notebooks find data, today in competitions/ and datasets/ below it
 
 
