@@ -108,6 +108,25 @@ def test_space_is_checked_before_it_is_used(tmp_path):
         files.need_space(tmp_path / "not" / "there", 99_999_999 * 10**9)
 
 
+@pytest.mark.parametrize("command", [
+    ["demo-data", "TARGET", "--cars", "1", "--test-cars", "1"],
+    ["download", "--data-dir", "TARGET"],
+    ["kernel", "build", "--profile", "PROFILE", "--user", "me", "--folder", "TARGET"],
+])  # fmt: skip
+def test_a_target_that_cannot_be_written_is_said_before_anything_is_asked_for(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "p.yaml").write_text('run_name: x\nencoder_weights: ""\n')
+    places = {"TARGET": tmp_path / "file" / "folder", "PROFILE": tmp_path / "p.yaml"}
+    assert "cannot be written into" in fails(capsys, *(places.get(word, word) for word in command))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    shell = f"{sys.executable} -m carvana params | head -1"
+    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {shell}"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.atomic(tmp_path / "part.csv") as file:
         file.write(b"half")

@@ -1,6 +1,7 @@
 """The command line: `carvana ...`, the same as `python -m carvana ...`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 when it did its work, 1 with one line on standard error when not."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough, as in `carvana params | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Exception, KeyboardInterrupt) as error:
         if options.debug:
             raise

@@ -154,11 +154,15 @@ def parse_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def need_space(folder: str | Path, size: int) -> None:
-    """Raise UserError unless the disk that holds `folder` has `size` bytes free."""
+def need_space(folder: str | Path, size: int = 0) -> None:
+    """Make `folder`; UserError where nothing can be written there, or its disk has less than `size` bytes free."""
     folder = Path(folder)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written into: {error.strerror}. Choose another folder.") from error
     if free < size:
         need = f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
         raise UserError(f"{folder}: {need}. Free space or choose another folder.")

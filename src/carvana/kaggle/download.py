@@ -43,6 +43,7 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
     wanted = files or [f"train{kind}.zip", *TABLES, f"test{kind}.zip"]
     if {*wanted} <= {*_manifest(data_dir)}:  # no account is needed to find that nothing is missing
         return [data_dir / name for name in wanted]
+    need_space(data_dir)
     api = sign_in()
     sizes = list_files(api)
     names = [_listed(name, sizes) for name in wanted]

@@ -20,7 +20,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from carvana.errors import UserError
-from carvana.files import atomic, project_root, read_json, write_json, write_text
+from carvana.files import atomic, need_space, project_root, read_json, write_json, write_text
 from carvana.kaggle.client import COMPETITION, LostAnswerError, call, once, remedy, sign_in, status_of, with_retries
 from carvana.kaggle.credentials import scrub
 from carvana.kaggle.upload import Upload
@@ -67,6 +67,7 @@ def build(plan: KernelPlan, folder: Path) -> Path:
         )
     if (folder / "dataset").exists() and not (folder / "dataset" / "dataset-metadata.json").is_file():
         raise UserError(f"{folder / 'dataset'} was not made by `kernel build`, and stays. Choose another --folder.")
+    need_space(folder)
     shutil.rmtree(folder / "dataset", ignore_errors=True)
     described = {"id": f"{plan.user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
     write_json(folder / "dataset" / "dataset-metadata.json", described)  # first: tells that the folder is ours
