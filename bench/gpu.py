@@ -45,12 +45,13 @@ def best(options: argparse.Namespace) -> dict:
         left = options.minutes * 60 - (time.monotonic() - began)
         if minutes and left < 1.3 * 60 * minutes[-1]:
             break
-        history = train(trainer_in(run, competition, recipe, fold, 5, cars // 5), max_hours=left / 3600)
-        minutes.append(history["seconds"].max() / 60)
+        trainer = trainer_in(run, competition, recipe, fold, 5, cars // 5)
+        minutes.append(train(trainer, max_hours=left / 3600)["seconds"].max() / 60)
     scores = evaluate([run], competition, ["none", "hflip"]).scores
     unseen = scores[scores["fold"] == HOLDOUT]
     singles = {name: unseen[name].mean() for name in unseen.columns if name.startswith("dice:fold")}
-    results = {"minutes_a_fold": minutes, "ensemble": metrics.score_over_cars(unseen["dice"], unseen["car"])}
+    results = {"minutes_a_fold": minutes, "epochs_of_the_last_fold": trainer.state.step / trainer.steps_per_epoch}
+    results |= {"ensemble": metrics.score_over_cars(unseen["dice"], unseen["car"])}
     return results | {"single_models": singles, "unseen_cars": unseen["car"].nunique()}
 
 
@@ -87,6 +88,8 @@ def _seconds(work, times: int = 10) -> float:
 def step_speed(recipe: Recipe, peak: float) -> dict:
     """Images a second of a training step, its share of the device's `peak` FLOP/s, and its memory in GB."""
     state = state_for_steps(recipe)
+    if state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     shape = recipe.batch_size, recipe.height, recipe.width
     images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, device=state.device)
     targets = images[..., 0].contiguous()
@@ -117,7 +120,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=("seed", "best", "speed"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_gpu"))
-    parser.add_argument("--encoder", default="tu-tf_efficientnet_lite0")
+    parser.add_argument("--encoder", default="tu-tf_efficientnetv2_s", help="default: that of the h100 profile")
     parser.add_argument("--encoder-weights", default="")
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)
