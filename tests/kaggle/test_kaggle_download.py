@@ -315,3 +315,16 @@ def test_a_list_that_does_not_end_is_given_up(fake, data, monkeypatch):
     monkeypatch.setattr(fake, "listdatafiles", page)
     monkeypatch.setattr(client, "PAGES", 9)
     assert len(download.list_files(client.sign_in())) == 9
+
+
+def test_a_wait_for_another_process_is_said_and_ends(tmp_path, capfd):
+    def waiting():
+        with files.locked(tmp_path / "lock", "a download", 0):
+            pytest.fail("two hold the lock")
+
+    held = files.locked(tmp_path / "lock", "a download"), files.locked(tmp_path / "lock", "a download")
+    with held[0], held[1], ThreadPoolExecutor() as pool:  # another thread waits as another process would
+        refused("a download of another process has not ended", pool.submit(waiting).result)
+    assert "waiting for a download of another process, 0 hours at most" in capfd.readouterr().out
+    with files.locked(tmp_path / "lock", "a download", 0):
+        assert (tmp_path / "lock").exists()
