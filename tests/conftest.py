@@ -5,6 +5,9 @@ import os
 import time
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers must not share cores
+
 import numpy as np
 import pandas as pd
 import pytest
