@@ -1,8 +1,8 @@
 """What happens when something breaks between here and Kaggle: the bare client against ours, in bench/results/faults.md.
 
 Both run unchanged, as processes of their own, against the server of the tests on 127.0.0.1; a process that has not
-ended after 20 s is called hanging. Pauses between tries are skipped for both. A submission is started twice, as a person
-would who does not believe the first end.
+ended after 20 s is called hanging. Pauses between tries are skipped for both. A submission is started twice, as by a
+person who does not believe the first end.
 
 python bench/faults.py
 """
