@@ -105,6 +105,24 @@ def test_private_names_are_used_by_their_own_module_alone():
             assert not foreign, f"{path}, line {node.lineno}: {foreign}"
 
 
+RNG = {"get_rng_state", "set_rng_state"}  # which are saved, not asked for a capability
+COUNTS = {"cpu_count", "process_cpu_count", "sched_getaffinity"}
+
+
+def test_devices_and_cores_are_asked_for_in_one_place_each():
+    for name in {*ORDER} - {"device"}:
+        for node in ast.walk(tree(source(name))):
+            if not isinstance(node, ast.Attribute):
+                continue
+            place, owner = f"{name}, line {node.lineno}: {node.attr}", ast.unparse(node.value)
+            assert owner not in ("torch.accelerator", "torch.backends.mps", "torch.mps"), place
+            assert owner != "torch.cuda" or node.attr in RNG, place
+            assert name == "parallel" or node.attr not in COUNTS, place
+    names = [alias.name for name in ORDER for node in ast.walk(tree(source(name)))
+             if isinstance(node, ast.ImportFrom) for alias in node.names]  # fmt: skip
+    assert {*names}.isdisjoint({"cuda", *COUNTS})
+
+
 def test_importing_everything_never_imports_kaggle():
     modules = ", ".join(f"carvana.{name}" for name in ORDER)
     code = f"import sys, {modules}; sys.exit('kaggle' in sys.modules)"

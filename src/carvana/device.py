@@ -1,30 +1,95 @@
-"""What torch's device can do; nobody else asks for its capabilities."""
+"""The device that a process computes on and what it can do; nobody else asks torch for devices."""
 
 import os
+import re
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 
 from carvana.errors import UserError
+from carvana.parallel import cores
+from carvana.profiles import check
 
 PRECISIONS = ("no", "fp16", "bf16", "auto")
+CHOICE = "CARVANA_DEVICE"  # environment variable with the parameter `device`: started processes inherit it
+DRIVERS, SHARED_MEMORY = Path("/dev"), "/dev/shm"
+
+
+def use_device(name: str, number: int = 0) -> torch.device:
+    """Compute on `name` (auto, cuda, mps, cpu) from now on, here and in processes that are started; returns the device.
+
+    Among several GPUs it is GPU `number`, counted round. UserError where `name` cannot be used; where only "auto"
+    passes over a GPU, a line says why.
+    """
+    check({"device": name})
+    os.environ[CHOICE] = name
+    use_gpu(number)
+    check_device(name)
+    if name == "auto" and (reason := _unusable()):
+        print(f"carvana: {reason}. It works on the {best().type.upper()}.", file=sys.stderr)
+    return best()
+
+
+def check_device(name: str) -> None:
+    """UserError where a GPU that is asked for cannot be used."""
+    lacks_cuda = name == "cuda" and (_unusable() or not torch.cuda.is_available())
+    if lacks_cuda or (name == "mps" and not torch.backends.mps.is_available()):
+        reason = (name == "cuda" and _unusable()) or "this machine has no such GPU"
+        raise UserError(f"device is {name}, but {reason}. Give `-p device cpu` to work on the CPU all the same.")
+
+
+def best() -> torch.device:
+    """The device that `use_device` chose, or for "auto" a GPU of any make where one can be used, else the CPU."""
+    name = os.environ.get(CHOICE, "auto")
+    device = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
+    return torch.device("cpu") if device is None or (name == "auto" and _unusable()) else device
+
+
+def _unusable() -> str:
+    """Why torch cannot compute on the NVIDIA GPU that is there; "" where it can, and where there is none."""
+    if not torch.cuda.is_available():
+        reason = f"its driver is too old for CUDA {torch.version.cuda}, or CUDA_VISIBLE_DEVICES hides it"
+        reason = reason if torch.version.cuda else "it is built without CUDA"
+        return f"torch {torch.__version__} cannot use the GPU: {reason}" if any(DRIVERS.glob("nvidia[0-9]*")) else ""
+    major, minor = torch.cuda.get_device_capability()
+    built_for = [int(arch) for arch in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    if 10 * major + minor >= min(built_for, default=0):
+        return ""
+    oldest = f"{min(built_for) // 10}.{min(built_for) % 10}"
+    return f"the GPU has compute capability {major}.{minor}, and torch {torch.__version__} needs {oldest} or more"
 
 
 def precision(amp: str) -> str:
-    """The mixed precision that `amp` means on this machine: "no", "fp16" or "bf16"."""
+    """The mixed precision that `amp` means on the device: "no", "fp16" or "bf16"."""
     if amp not in PRECISIONS:
         raise UserError(f'amp is "{amp}". Choose from: {", ".join(PRECISIONS)}.')
-    if amp == "fp16" and not torch.cuda.is_available():
+    on_gpu = best().type == "cuda"
+    if amp == "fp16" and not on_gpu:
         raise UserError("amp is fp16, which needs a GPU. Choose auto.")
     if amp != "auto":
         return amp
-    if torch.cuda.is_available():
+    if on_gpu:
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
-def best() -> torch.device:
-    """A GPU of any make where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def worker_count(wanted: int, on_gpu: int, on_cpu: int, batch_bytes: int) -> int:
+    """Processes that prepare batches: `wanted`, or for -1 `on_cpu`, and with a GPU `on_gpu` or as many as cores.
+
+    Fewer, and a line says so, where shared memory does not hold two batches of each and two more.
+    """
+    if wanted < 0:
+        wanted = min(on_gpu, cores()) if best().type == "cuda" else on_cpu
+    if not Path(SHARED_MEMORY).exists():  # other systems have no limit of their own for it
+        return wanted
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    fits = max(0, (free // batch_bytes - 2) // 2)
+    if fits < wanted:
+        reason = f"{SHARED_MEMORY} has {free >> 20} MB. `docker run --shm-size 8g` gives more"
+        print(f"carvana: {fits} of {wanted} workers, as {reason}.", file=sys.stderr)
+    return min(wanted, fits)
 
 
 def check_processes(processes: int) -> None:
@@ -34,8 +99,8 @@ def check_processes(processes: int) -> None:
 
 
 def gpu_count() -> int:
-    """GPUs of this machine."""
-    return torch.cuda.device_count()
+    """GPUs of this machine that may be used."""
+    return 0 if os.environ.get(CHOICE) == "cpu" else torch.cuda.device_count()
 
 
 def use_gpu(number: int) -> None:

@@ -1,5 +1,6 @@
 """Work on several threads and processes, and the progress bar that goes with it."""
 
+import math
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -14,6 +17,28 @@ from tqdm import tqdm
 from carvana.errors import UserError
 
 Result = TypeVar("Result")
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # what a container may use: microseconds of work, of how many; or "max"
+SHARING = "LOCAL_WORLD_SIZE"  # torch's environment variable: processes of this machine that work at the same time
+
+
+def cores() -> int:
+    """Cores for this process: those that affinity and container allow, divided among processes that work together."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        work, period = map(int, CPU_MAX.read_text().split())
+        allowed = min(allowed, math.ceil(work / period))
+    return max(1, allowed // int(os.environ.get(SHARING, "1")))
+
+
+@contextmanager
+def sharing(processes: int) -> Iterator[None]:
+    """Divide the cores among so many: this process, or those that are started meanwhile, count their part alone."""
+    before = os.environ.get(SHARING, "1")
+    os.environ[SHARING] = str(int(before) * processes)
+    try:
+        yield
+    finally:
+        os.environ[SHARING] = before
 
 
 def overlapped(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
@@ -21,12 +46,12 @@ def overlapped(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]
 
     At most four results a core wait, so that memory stays flat where the items come faster than they are worked on.
     """
-    cores = os.cpu_count() or 1
+    threads = cores()
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, *item))
-            if len(waiting) > 4 * cores:
+            if len(waiting) > 4 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

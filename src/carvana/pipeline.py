@@ -7,18 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import papermill
+import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from carvana.data.competition import Competition
 from carvana.errors import OutOfTimeError, UserError
 from carvana.files import fingerprint, optional_path, parse_list, project_root, read_json, resolve, sha256, stamp, sweep
-from carvana.parallel import tame_allocator
+from carvana.parallel import sharing, tame_allocator
 from carvana.profiles import Values, load_profile, notebook_path, parameters, with_defaults
 from carvana.run import EnsembleNote, Run, shared_checkpoints, shared_folds
 
@@ -88,6 +90,10 @@ def check_inputs(values: Values) -> None:
         lost = [file for file in (path, *(path.parent / member["path"] for member in members)) if not file.exists()]
         if lost:
             raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
+    if values["device"] not in ("auto", "cpu"):
+        from carvana.device import check_device  # torch takes seconds
+
+        check_device(values["device"])
     if others := [member for member in _members(values) if member.name != run.name]:
         shared_folds(others)
         shared_checkpoints(others)
@@ -132,13 +138,29 @@ def _run_group(group: list[Step], run: Run, ends: float) -> None:
     if len(of_gpus) == 1:  # in the main thread, where an interruption reaches the notebook
         finish(todo)
         return
-    with ThreadPoolExecutor(len(of_gpus)) as pool:
-        list(pool.map(finish, of_gpus))
+    with sharing(len(of_gpus)), ThreadPoolExecutor(len(of_gpus)) as pool:
+        _await([pool.submit(finish, lane) for lane in of_gpus])
+
+
+def _await(finishes: list[Future[None]]) -> None:
+    """Wait for all lanes; the first failure, or Ctrl-C, ends the other kernels: their folds go on from state.pt."""
+    try:
+        for finished in as_completed(finishes):
+            if not isinstance(finished.exception(), OutOfTimeError):  # which the others are about to meet, and save
+                finished.result()
+    except BaseException:
+        while wait(finishes, timeout=0.1).not_done:  # a lane between two steps may start one more
+            for kernel in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    kernel.kill()
+        raise
+    for finished in finishes:
+        finished.result()
 
 
 def lanes(todo: list[Step]) -> list[list[Step]]:
     """Steps that run one after the other: 03_train takes the GPU of its fold's number, so folds have one a GPU."""
-    if len(todo) < 2 or todo[0].values.get("processes", 1) > 1:
+    if len(todo) < 2 or todo[0].values.get("processes", 1) > 1 or todo[0].values.get("device") == "cpu":
         return [todo]
     from carvana import device  # torch takes seconds, and a run in which nothing has changed needs none
 

@@ -41,6 +41,7 @@ PATTERNS = {  # of a text, or of each item of a list, and what is said where it 
     "members": NAME,
     "init_from": NAME,
     "tta": (TTA, "is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... from 0.25 to 4"),
+    "device": ("auto|cuda|mps|cpu", "is unknown. Choose from: auto, cuda, mps, cpu"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
     **dict.fromkeys(("exclude", "ensemble", "test_dir", "sample"), (r"[^\0]*", "is no file. Give its path")),
 }

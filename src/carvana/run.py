@@ -1,6 +1,5 @@
 """A run's folder: the only place that knows the names of its files, and reads and writes its tables and notes."""
 
-import os
 import platform
 import re
 import shutil
@@ -18,6 +17,7 @@ from carvana.data.folds import HOLDOUT, make_folds
 from carvana.errors import UserError
 from carvana.files import project_root, read_json, resolve, write_json, write_text
 from carvana.metrics import ERROR_PARTS, mean_over_cars, score_over_cars
+from carvana.parallel import cores
 from carvana.profiles import NAME, TTA, check
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
@@ -172,7 +172,7 @@ class Run:
 
     def write_start(self, parameters: dict[str, Any], data: str) -> None:
         """Write run.json: what the run starts with; data: fingerprint of its samples."""
-        machine = {"system": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()}
+        machine = {"system": platform.platform(), "processor": platform.processor(), "cores": cores()}
         versions = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
         facts = {"parameters": parameters, "data": data, "versions": versions, "commit": _commit(), "machine": machine}
         write_json(self.folder / "run.json", facts)

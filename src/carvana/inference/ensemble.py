@@ -77,16 +77,17 @@ class Ensemble:
         """The distinct network sizes of the checkpoints."""
         return sorted({(model.config.height, model.config.width) for model in self.models})
 
-    def predict_logits(self, images: dict[Size, torch.Tensor]) -> list[torch.Tensor]:
+    def predict_logits(self, images: dict[Size, torch.Tensor], full_precision: bool = False) -> list[torch.Tensor]:
         """Logits of every checkpoint with every tta, (tta, B, h, w) float32 on the device for each checkpoint.
 
-        images: for every size a batch (B, h, w, 3) uint8 of the same images.
+        images: for every size a batch (B, h, w, 3) uint8 of the same images. full_precision: float32 throughout.
         """
         on_device = {size: batch.to(self.device, non_blocking=True) for size, batch in images.items()}
         logits = []
         for model, dtype in zip(self.models, self.dtypes, strict=True):
             batch = on_device[model.config.height, model.config.width]
-            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            mixed = dtype is not None and not full_precision
+            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=mixed):
                 logits.append(torch.stack([tta_logits(model, batch, name).float() for name in self.spec.tta]))
         return logits
 

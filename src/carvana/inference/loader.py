@@ -1,15 +1,16 @@
 """Images at every size that an ensemble needs, decoded in batches, and the loop that gives their logits."""
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from carvana.data.images import Archive, Size, read_image
+from carvana.device import worker_count
 from carvana.errors import UserError
 from carvana.inference.ensemble import Ensemble
 
@@ -62,9 +63,12 @@ def predict_batches(
     not finite, and where the device's memory is full.
     """
     on_gpu = ensemble.device.type == "cuda"
-    if workers < 0:
-        workers = min(16, os.cpu_count() or 1) if on_gpu else 1  # decoding takes a tenth of a small network's time
-    loader = DataLoader(dataset, batch_sampler=row_batches, num_workers=workers, collate_fn=_collate, pin_memory=on_gpu)
+    if not (first := next(rest := iter(row_batches), None)):
+        return
+    batch_bytes = 3 * len(first) * sum(height * width for height, width in ensemble.sizes)
+    workers = worker_count(workers, 16, 1, batch_bytes)  # decoding takes a tenth of a small network's time
+    rows_left = chain([first], rest)
+    loader = DataLoader(dataset, batch_sampler=rows_left, num_workers=workers, collate_fn=_collate, pin_memory=on_gpu)
     began = time.monotonic()
     for images, full_sizes, rows in loader:
         decoded = time.monotonic()
@@ -86,11 +90,11 @@ def _collate(items: list[Item]) -> tuple[dict[Size, torch.Tensor], list[Size], l
 
 def _finite_logits(ensemble: Ensemble, images: dict[Size, torch.Tensor], names: list[str]) -> list[torch.Tensor]:
     try:
-        logits = ensemble.predict_logits(images)
-        finite = all(bool(of_checkpoint.isfinite().all()) for of_checkpoint in logits)
+        for full_precision in (False, True):  # what overflows in half precision may not overflow in float32
+            logits = ensemble.predict_logits(images, full_precision)
+            if all(bool(of_checkpoint.isfinite().all()) for of_checkpoint in logits):
+                return logits
     except torch.OutOfMemoryError as error:
         raise UserError("The device is out of memory. Lower batch_size, or use fewer members or tta.") from error
-    if not finite:
-        reason = f"A network gives logits that are not finite for one of {', '.join(names)}"
-        raise UserError(f"{reason}. Train it with amp no.")
-    return logits
+    reason = f"A network gives logits that are not finite for one of {', '.join(names)}"
+    raise UserError(f"{reason}, even in float32. Its weights are spoilt: train it anew with a lower lr.")

@@ -28,7 +28,7 @@ from carvana.files import fingerprint, read_json, sha256, write_json, write_text
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
-from carvana.parallel import overlapped, progress
+from carvana.parallel import overlapped, progress, sharing
 
 SHARD_SIZE = 512  # images a shard: some seconds on a GPU, a minute on a CPU
 
@@ -253,9 +253,10 @@ def _helpers(prediction: Prediction, deadline: float) -> Iterator[None]:
     spawn = multiprocessing.get_context("spawn").Process
     started = [spawn(target=_help, args=(prediction, number, each, deadline)) for number in range(1, processes)]
     try:
-        for process in started:
-            process.start()
-        yield
+        with sharing(processes):
+            for process in started:
+                process.start()
+            yield
     finally:
         for process in started:
             process.terminate()

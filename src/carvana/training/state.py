@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
 from carvana.data.dataset import resized
-from carvana.device import connected, precision
+from carvana.device import best, precision
 from carvana.errors import UserError
 from carvana.files import atomic
 from carvana.models import SegmentationModel, load_checkpoint, load_encoder
@@ -155,7 +155,7 @@ class TrainState:
 def _accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train again with another precision
     return Accelerator(
-        cpu=connected() and not torch.cuda.is_available(),  # else Accelerate leaves processes on a CPU unconnected
+        cpu=best().type == "cpu",  # else Accelerate leaves processes on a CPU unconnected
         mixed_precision=precision(recipe.amp),
         gradient_accumulation_steps=recipe.accumulate,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # some encoders have them

@@ -1,7 +1,6 @@
 """Training of one fold: one readable loop on Accelerate, for a CPU or GPUs, that goes on exactly after a kill."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch.utils.data import DataLoader
 
 from carvana.data.competition import Competition
 from carvana.data.dataset import TrainDataset, batches, training_samples
-from carvana.device import check_processes, use_gpu
+from carvana.device import check_processes, use_gpu, worker_count
 from carvana.errors import UserError
 from carvana.files import fingerprint, sha256, write_text
 from carvana.models import save_checkpoint
@@ -134,6 +133,7 @@ class Trainer:
         """Validate, add a row to the history, and save: weights, history, then the state that makes them count."""
         state, started = self.state, time.monotonic()
         rows = self.valid_rows if state.step else self.valid_rows[::7]  # an untrained network: a few of every view do
+        broadcast(list(state.network.buffers()))  # of the process that saves: each has batch statistics of its own
         scores = self.validator.scores(state.network, rows)
         state.seconds += time.monotonic() - started
         self.measured_from = state.step, state.seconds
@@ -155,15 +155,14 @@ class Trainer:
 
     def loader(self, workers: int) -> DataLoader[Batch]:
         """All batches that are left, in one loader, so that its workers run on while the fold is validated."""
-        on_gpu = self.state.device.type == "cuda"
-        if workers < 0:
-            workers = min(8, os.cpu_count() or 1) if on_gpu else 0  # on a CPU the network needs every core
-        augment, seed = self.recipe.augmentation.compose(), self.recipe.seed
+        recipe = self.recipe
+        augment, seed = recipe.augmentation.compose(), recipe.seed
+        batch_bytes = 4 * recipe.batch_size * recipe.height * recipe.width  # on a CPU the network needs every core
         return DataLoader(
             TrainDataset(self.source, self.train_rows, augment, seed),
             batch_sampler=self.batch_keys[self.state.step :],
-            num_workers=workers,
-            pin_memory=on_gpu,
+            num_workers=worker_count(workers, 8, 0, batch_bytes),
+            pin_memory=self.state.device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),  # so that the global random state is left alone
         )
 
