@@ -141,6 +141,17 @@ def test_logits_that_are_not_finite_are_an_error_not_an_empty_mask(members, test
     assert not list(tmp_path.glob("*.csv"))
 
 
+def test_a_batch_that_overflows_in_half_precision_is_predicted_in_float32(members, tests, tmp_path):
+    tables = {}
+    for dtype in (None, torch.float16):
+        ensemble = equal(members[1:])
+        ensemble.models[0].net.segmentation_head[0].bias.data += 1e5  # a half ends at 65504
+        ensemble.dtypes = [dtype]
+        tables[dtype] = predicted(ensemble, tests, tmp_path / str(dtype)).drop(columns="part")
+    assert (tables[None]["area"] == 1).all()
+    assert tables[torch.float16].equals(tables[None])
+
+
 def test_with_skip_broken_an_image_that_cannot_be_decoded_is_told_from_an_empty_one(members, competition, tmp_path):
     (competition / "test" / "000000000005_02.jpg").write_bytes(b"\xff\xd8 not an image")
     tests = Competition(competition).test().images
