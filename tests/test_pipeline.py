@@ -1,6 +1,8 @@
 import ast
 import math
 import shutil
+import subprocess
+import sys
 
 import papermill
 import pytest
@@ -33,13 +35,22 @@ def test_every_profile_loads_is_short_and_differs_from_the_defaults(path):
     assert not same, f"{same} stand at their defaults"
 
 
-def test_a_parameter_means_the_same_in_every_notebook():
-    lines = {}
+def test_a_parameter_means_the_same_in_every_notebook_and_is_read_as_papermill_reads_it():
+    lines, defined = {}, profiles.parameters()
     for name in profiles.NOTEBOOKS:
         for key, line in papermill.inspect_notebook(str(profiles.notebook_path(name))).items():
             assert line["help"], f"{key} of {name} has no comment"
-            ast.literal_eval(line["default"])
+            assert ast.literal_eval(line["default"]) == defined[key].default
+            assert defined[key].help.startswith(line["help"])
+            assert name in defined[key].notebooks
             assert lines.setdefault(key, (line["default"], line["help"])) == (line["default"], line["help"]), key
+    assert lines.keys() == defined.keys()
+
+
+def test_parameters_are_listed_without_the_seconds_that_torch_or_papermill_take_to_import():
+    code = "import sys; from carvana import cli; cli.main(['params']); print({'torch', 'papermill'} & {*sys.modules})"
+    listed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert listed.splitlines()[-1] == "set()"
 
 
 def test_names_that_must_not_change_are_there():
