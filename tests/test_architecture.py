@@ -16,7 +16,7 @@ ORDER = [
     "run", "models",
     "training.losses", "training.recipe", "training.state", "training.validation", "training.trainer",
     "training.launch",
-    "inference.ensemble", "inference.logits", "inference.loader", "inference.predict",
+    "inference.logits", "inference.ensemble", "inference.loader", "inference.predict",
     "evaluation.label_issues", "evaluation.scoring", "evaluation.evaluate",
     "submission", "pipeline",
     "kaggle.credentials", "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.kernels",

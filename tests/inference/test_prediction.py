@@ -6,12 +6,14 @@ import textwrap
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import HEIGHT, WIDTH
 
 from carvana import rle
 from carvana.data import Competition, TestSet
+from carvana.data.images import read_full_image
 from carvana.errors import UserError
 from carvana.inference import Ensemble, EnsembleSpec, Options, predict_probabilities, predict_run_lengths
 from carvana.inference.logits import BlendedLogits
@@ -36,6 +38,30 @@ def test_shards_hold_a_row_for_every_image_and_equal_the_probabilities_cut_at_th
         assert line == f"{name},{rle.encode(probability > 0.5)}"
     first = rle.decode(lines[1].split(",")[1], HEIGHT, WIDTH)
     assert table["area"].iloc[0] == pytest.approx(first.mean(), abs=1e-6)
+
+
+def test_from_python_the_masks_have_the_run_lengths_that_a_prediction_writes(members, tests, tmp_path):
+    spec = EnsembleSpec(members, [0.25, 0.75], ["none", "hflip"], 0.4)
+    spec.write(tmp_path / "ensemble.json")
+    predicted(Ensemble(spec), tests, tmp_path)
+    rows = pd.read_csv(tmp_path / "part-00000.csv", keep_default_na=False)["rle_mask"].tolist()
+    ensemble = Ensemble.read(tmp_path / "ensemble.json")
+    for images in ([tests.read(name) for name in tests.names], [read_full_image(tests, name) for name in tests.names]):
+        masks = ensemble.predict(images, batch_size=4)  # at whole scale an array is just what the JPEG holds
+        assert [rle.encode(mask) for mask in masks] == rows
+        probabilities = ensemble.predict(images, probabilities=True, batch_size=4)
+        assert all(np.array_equal(p > 0.4, mask) for p, mask in zip(probabilities, masks, strict=True))
+
+
+def test_from_python_images_of_any_sizes_and_a_single_one_are_taken_and_what_is_none_is_named(members):
+    ensemble, random = equal(members), np.random.default_rng(0)
+    images = [random.integers(0, 256, (*size, 3), np.uint8) for size in ((192, 256), (50, 70), (96, 126))]
+    masks = ensemble.predict(images)
+    assert [mask.shape for mask in masks] == [(192, 256), (50, 70), (96, 126)]
+    assert np.array_equal(ensemble.predict(images[1])[0], ensemble.predict([images[1]])[0])
+    for wrong in (images[1] / 255, images[1][..., 0], b"no JPEG", "car.jpg"):
+        with pytest.raises(UserError, match=r"^image 1 is no image: .+ Give \(H, W, 3\) uint8 arrays"):
+            ensemble.predict([images[0], wrong])
 
 
 @pytest.mark.parametrize(("slope", "width"), [(0.25, 8), (1.0, 2), (4.0, 0)])

@@ -114,7 +114,7 @@ def test_an_ensemble_stays_on_the_gpu_until_its_logits_are_blended(gpu, monkeypa
         ensemble = Ensemble(EnsembleSpec.equal([Path("0"), Path("1")], ["none", "hflip", "scale1.25"]))
         images = {size: torch.zeros(2, *size, 3, dtype=torch.uint8) for size in sizes}
         with Watch() as watch:
-            logits = ensemble.predict_logits(images)
+            logits = ensemble.forward(images)
         assert [(tensor.device.type, tensor.dtype, *tensor.shape[2:]) for tensor in logits] == [
             ("cuda", torch.float32, *size) for size in sizes
         ]

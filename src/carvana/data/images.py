@@ -91,21 +91,30 @@ def _undecodable(images: Archive, name: str, error: Exception) -> UserError:
 
 
 def read_image(images: Archive, name: str, height: int, width: int) -> tuple[np.ndarray, Size]:
-    """An image on the network's grid, (height, width, 3) uint8 RGB, and its full height and width.
-
-    Natural sizes are decoded at that scale by the JPEG library itself, which averages k x k pixels on the padded grid.
-    """
-    data = images.read(name)
+    """An image as `at_size` returns it; UserError with its name where it cannot be decoded."""
     try:
-        full_height, full_width = simplejpeg.decode_jpeg_header(data)[:2]
-        grid = Grid(full_height, full_width, height, width)
-        scale = grid.factor or _exact_scale(grid)
-        least = -(-full_height // scale), -(-full_width // scale)
-        image = simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1])
+        return at_size(images.read(name), height, width)
     except ValueError as error:
         raise _undecodable(images, name, error) from error
-    image = pad(image, height, width) if grid.factor else resize(image, height, width)
-    return image, (full_height, full_width)
+
+
+def at_size(image: bytes | np.ndarray, height: int, width: int) -> tuple[np.ndarray, Size]:
+    """An image on the network's grid, (height, width, 3) uint8 RGB, and its full height and width.
+
+    image: (H, W, 3) uint8 RGB, or the bytes of a JPEG, of which natural sizes are decoded at that scale by the JPEG
+    library itself, which averages k x k pixels on the padded grid. ValueError where it is neither.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"it is an array {image.shape} of {image.dtype}")
+        full_height, full_width = image.shape[:2]
+        return Grid(full_height, full_width, height, width).reduce(image), (full_height, full_width)
+    full_height, full_width = simplejpeg.decode_jpeg_header(image)[:2]
+    grid = Grid(full_height, full_width, height, width)
+    scale = grid.factor or _exact_scale(grid)
+    least = -(-full_height // scale), -(-full_width // scale)
+    decoded = simplejpeg.decode_jpeg(image, min_height=least[0], min_width=least[1])
+    return pad(decoded, height, width) if grid.factor else resize(decoded, height, width), (full_height, full_width)
 
 
 def _exact_scale(grid: Grid) -> int:

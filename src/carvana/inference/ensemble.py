@@ -9,19 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
 from carvana import device
-from carvana.data.images import Size
+from carvana.data.images import Size, at_size
 from carvana.errors import UserError
 from carvana.files import parse_list, read_json, write_json
 from carvana.grid import STRIDE
+from carvana.inference.logits import blend
 from carvana.models import load_checkpoint
 from carvana.profiles import check
 from carvana.run import EnsembleNote
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast, by precision
+Item = tuple[dict[Size, np.ndarray], Size, int]  # an image at every network size, its full size, its row
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,53 @@ class Ensemble:
         self.models = [model.to(self.device) for model, _ in loaded]
         self.dtypes = [DTYPES["no" if facts.get("amp") == "no" else device.precision("auto")] for _, facts in loaded]
 
+    @classmethod
+    def read(cls, path: str | Path) -> "Ensemble":
+        """The ensemble that an ensemble.json says."""
+        return cls(EnsembleSpec.read(Path(path)))
+
     @property
     def sizes(self) -> list[Size]:
         """The distinct network sizes of the checkpoints."""
         return sorted({(model.config.height, model.config.width) for model in self.models})
 
-    def predict_logits(self, images: dict[Size, torch.Tensor], full_precision: bool = False) -> list[torch.Tensor]:
+    def predict(
+        self, images: Sequence[np.ndarray | bytes] | np.ndarray, probabilities: bool = False, batch_size: int = 8
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Masks of images of any sizes, (H, W) bool each, or their `probabilities` of car, (H, W) float32.
+
+        images: a list of (H, W, 3) uint8 RGB arrays, or one of them, or the bytes of JPEG files, whose masks have just
+        the run lengths that `predict_run_lengths` writes. UserError for anything else.
+        """
+        images = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else images
+        masks = []
+        for first in range(0, len(images), batch_size):
+            chunk = enumerate(images[first : first + batch_size], first)
+            batch, full_sizes, rows = collate([_item(image, i, self.sizes) for i, image in chunk])
+            logits = self.predict_logits(batch, [f"image {i}" for i in rows])
+            for blended, full in zip(blend(logits, self.spec.weights), full_sizes, strict=True):
+                threshold = self.spec.logit_threshold
+                masks.append(blended.probabilities(full) if probabilities else blended.mask(full, threshold))
+        return masks
+
+    def predict_logits(self, images: dict[Size, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
         """Logits of every checkpoint with every tta, (tta, B, h, w) float32 on the device for each checkpoint.
 
-        images: for every size a batch (B, h, w, 3) uint8 of the same images. full_precision: float32 throughout.
+        images: for every size a batch (B, h, w, 3) uint8 of the same images, called `names`. UserError where logits
+        are not finite, or the device's memory is full.
         """
+        try:
+            for full_precision in (False, True):  # what overflows in half precision may not overflow in float32
+                logits = self.forward(images, full_precision)
+                if all(bool(of_checkpoint.isfinite().all()) for of_checkpoint in logits):
+                    return logits
+        except torch.OutOfMemoryError as error:
+            raise UserError("The device is out of memory. Lower batch_size, or use fewer members or tta.") from error
+        reason = f"A network gives logits that are not finite for one of {', '.join(names)}"
+        raise UserError(f"{reason}, even in float32. Its weights are spoilt: train it anew with a lower lr.")
+
+    def forward(self, images: dict[Size, torch.Tensor], full_precision: bool = False) -> list[torch.Tensor]:
+        """`predict_logits` unchecked, so that nothing waits for the device; full_precision: float32 throughout."""
         on_device = {size: batch.to(self.device, non_blocking=True) for size, batch in images.items()}
         logits = []
         for model, dtype in zip(self.models, self.dtypes, strict=True):
@@ -90,6 +130,21 @@ class Ensemble:
             with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=mixed):
                 logits.append(torch.stack([tta_logits(model, batch, name).float() for name in self.spec.tta]))
         return logits
+
+
+def collate(items: list[Item]) -> tuple[dict[Size, torch.Tensor], list[Size], list[int]]:
+    """A batch (B, h, w, 3) of each size, the images' full sizes, and their rows."""
+    images, full_sizes, rows = zip(*items, strict=True)
+    stacked = {size: torch.from_numpy(np.stack([by_size[size] for by_size in images])) for size in images[0]}
+    return stacked, list(full_sizes), list(rows)
+
+
+def _item(image: np.ndarray | bytes, i: int, sizes: list[Size]) -> Item:
+    try:
+        at_sizes = {size: at_size(image, *size) for size in sizes}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"image {i} is no image: {error}. Give (H, W, 3) uint8 arrays or bytes of JPEGs.") from error
+    return {size: small for size, (small, _) in at_sizes.items()}, at_sizes[sizes[0]][1], i
 
 
 def parse_tta(text: str) -> list[str]:

@@ -12,10 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from carvana.data.images import Archive, Size, read_image
 from carvana.device import worker_count
 from carvana.errors import UserError
-from carvana.inference.ensemble import Ensemble
+from carvana.inference.ensemble import Ensemble, Item, collate
 
 UNDECODED: Size = (0, 0)  # the full size of an image that cannot be decoded
-Item = tuple[dict[Size, np.ndarray], Size, int]
 
 
 class InferenceDataset(Dataset[Item]):
@@ -68,11 +67,11 @@ def predict_batches(
     batch_bytes = 3 * len(first) * sum(height * width for height, width in ensemble.sizes)
     workers = worker_count(workers, 16, 1, batch_bytes)  # decoding takes a tenth of a small network's time
     rows_left = chain([first], rest)
-    loader = DataLoader(dataset, batch_sampler=rows_left, num_workers=workers, collate_fn=_collate, pin_memory=on_gpu)
+    loader = DataLoader(dataset, batch_sampler=rows_left, num_workers=workers, collate_fn=collate, pin_memory=on_gpu)
     began = time.monotonic()
     for images, full_sizes, rows in loader:
         decoded = time.monotonic()
-        logits = _finite_logits(ensemble, images, [dataset.names[row] for row in rows])
+        logits = ensemble.predict_logits(images, [dataset.names[row] for row in rows])
         yield Batch(logits, full_sizes, rows, decoded - began, time.monotonic() - decoded)
         began = time.monotonic()
 
@@ -80,21 +79,3 @@ def predict_batches(
 def in_batches(n: int, batch_size: int) -> list[list[int]]:
     """Rows 0 to n - 1, `batch_size` at a time."""
     return [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
-
-
-def _collate(items: list[Item]) -> tuple[dict[Size, torch.Tensor], list[Size], list[int]]:
-    images, full_sizes, rows = zip(*items, strict=True)
-    stacked = {size: torch.from_numpy(np.stack([by_size[size] for by_size in images])) for size in images[0]}
-    return stacked, list(full_sizes), list(rows)
-
-
-def _finite_logits(ensemble: Ensemble, images: dict[Size, torch.Tensor], names: list[str]) -> list[torch.Tensor]:
-    try:
-        for full_precision in (False, True):  # what overflows in half precision may not overflow in float32
-            logits = ensemble.predict_logits(images, full_precision)
-            if all(bool(of_checkpoint.isfinite().all()) for of_checkpoint in logits):
-                return logits
-    except torch.OutOfMemoryError as error:
-        raise UserError("The device is out of memory. Lower batch_size, or use fewer members or tta.") from error
-    reason = f"A network gives logits that are not finite for one of {', '.join(names)}"
-    raise UserError(f"{reason}, even in float32. Its weights are spoilt: train it anew with a lower lr.")

@@ -6,6 +6,7 @@ from functools import reduce
 
 import numpy as np
 import torch
+from scipy.special import expit
 from torch.nn.functional import interpolate
 
 from carvana import rle
@@ -22,6 +23,14 @@ class BlendedLogits:
     def enlarge(self, full: Size) -> np.ndarray:
         """Full-size logits (H, W) float32: the logits of each size are enlarged on a grid of their own."""
         return reduce(np.add, (Grid(*full, *logits.shape).enlarge(logits) for logits in self.by_size))
+
+    def probabilities(self, full: Size) -> np.ndarray:
+        """Full-size probabilities of car (H, W) float32."""
+        return expit(self.enlarge(full))
+
+    def mask(self, full: Size, logit_threshold: float) -> np.ndarray:
+        """Full-size mask (H, W) bool, from its edges: equal to its run lengths to the pixel."""
+        return rle.decode(rle.from_edges(self.edges(full, logit_threshold)), *full)
 
     def edges(self, full: Size, logit_threshold: float) -> np.ndarray:
         """`rle.edges` of the full-size mask, which is not computed where that is possible."""

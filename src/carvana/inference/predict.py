@@ -148,7 +148,7 @@ def predict_probabilities(
     dataset = InferenceDataset(images, list(names), ensemble.sizes)
     for batch in predict_batches(ensemble, dataset, in_batches(len(names), batch_size), workers=0):
         for blended, size in zip(blend(batch.logits, ensemble.spec.weights), batch.full_sizes, strict=True):
-            yield 1 / (1 + np.exp(-blended.enlarge(size)))
+            yield blended.probabilities(size)
 
 
 def _work(prediction: Prediction, ensemble: Ensemble, deadline: float, show: bool = True) -> None:
