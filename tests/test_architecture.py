@@ -18,7 +18,7 @@ ORDER = [
     "training.launch",
     "inference.logits", "inference.ensemble", "inference.loader", "inference.predict",
     "evaluation.label_issues", "evaluation.scoring", "evaluation.evaluate",
-    "submission", "pipeline",
+    "submission", "export", "pipeline",
     "kaggle.credentials", "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.kernels",
     "plots.style", "plots.overlays", "plots.explore", "plots.scores", "plots.training", "plots.browser", "plots.report",
     "cli",

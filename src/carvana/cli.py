@@ -74,6 +74,12 @@ def _compare(options: argparse.Namespace) -> None:
     print(table.to_string(index=False, float_format="{:.6f}".format))
 
 
+def _export(options: argparse.Namespace) -> None:
+    from carvana.export import export
+
+    print("\n".join(export(options.source, options.out, options.format, options.fold)))
+
+
 def _validate(options: argparse.Namespace) -> int:
     from carvana.submission import Expected, validate
 
@@ -151,6 +157,11 @@ def _add_run_commands(commands: Commands) -> None:
     compare = _command(commands, "compare", _compare, "compare the out-of-fold Dice of runs, image by image")
     compare.add_argument("runs", nargs="+", metavar="RUN")
     compare.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
+    export = _command(commands, "export", _export, "write a trained network for programs without this package")
+    export.add_argument("source", type=Path, help="a run's folder, a checkpoint or an ensemble.json")
+    export.add_argument("out", type=Path, help="folder (smp) or file (onnx) to write; its card is written beside")
+    export.add_argument("--format", required=True, choices=("smp", "onnx"), help="segmentation_models_pytorch or ONNX")
+    export.add_argument("--fold", type=int, help="one fold of the run; default: its ensemble.json, or its only fold")
 
 
 def _add_data_commands(commands: Commands) -> None:
