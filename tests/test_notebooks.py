@@ -133,6 +133,20 @@ def test_papermill_alone_trains_a_fold_with_a_profile_from_anywhere(place, lines
     assert (tmp_path / "runs" / "cpu" / "fold1" / "best.safetensors").exists()
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("epohcs", 'UserError: parameter "epohcs" of papermill is in no notebook, did you mean "epochs"? See: carvana'),
+    ("epochs", "UserError: "),  # of 03: a whole profile may be handed on, and what ends it is that there are no images
+])  # fmt: skip
+def test_papermill_alone_refuses_what_no_notebook_has_in_one_line(tmp_path, name, message):
+    options = ["-f", project_root() / "profiles" / "cpu.yaml", "-p", "data_dir", tmp_path / "nowhere", "-p", name, "3"]
+    command = [Path(sys.executable).parent / "papermill", NOTEBOOKS[1], tmp_path / "out.ipynb", *options]
+    ended = subprocess.run(list(map(str, command)), cwd=project_root(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    told = [line for line in ended.stderr.splitlines() if line.startswith("UserError: ")]
+    assert len(told) == 1 and told[0].startswith(message)
+    assert ("nowhere" in told[0]) == (name == "epochs")
+
+
 def test_a_notebook_runs_by_hand_from_its_own_folder(place, lines):
     notebook = nbformat.read(NOTEBOOKS[1], 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

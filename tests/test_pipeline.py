@@ -1,4 +1,5 @@
 import ast
+import contextlib
 import math
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import papermill
 import pytest
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,6 +113,28 @@ def test_true_is_no_number_and_a_number_does_not_submit():
         with pytest.raises(UserError, match=f"{name} is"):
             profiles.check({name: value})
     profiles.check({"lr": "2e-3", "workers": -1, "max_hours": 1})  # as papermill hands on a profile's lines
+
+
+@pytest.mark.parametrize(("cells", "refused"), [
+    (['epochs = 1\n', '# Parameters\nepochs = 3\nlr = "2e-3"\n', "check"], ""),
+    (['epochs = 1', '# Parameters\nepohcs = 3\nlr = "2e-3"\n', "check"], "epohcs"),
+    (["epohcs = 1", "# Parameters\nepohcs = 3\n", "check"], ""),  # a notebook of a person's own has it
+    (["epochs = 1", "epohcs = 3", "check"], ""),  # not papermill's cell
+    (["# Parameters\nepohcs = 3\n", "check", "check"], ""),  # run again by hand
+    ([], ""),
+])  # fmt: skip
+def test_what_papermill_sets_and_no_notebook_has_is_refused_with_the_nearest_name(cells, refused):
+    expected = pytest.raises(UserError, match=f'parameter "{refused}" of papermill .* did you mean "epochs"')
+    with expected if refused else contextlib.nullcontext():
+        profiles.check({"In": cells, "epohcs": 3})
+
+
+def test_a_tracker_is_a_name_that_accelerate_knows_and_never_runs_a_finished_step_again(tmp_path):
+    profiles.check({"tracker": ", ".join(LOGGER_TYPE_TO_CLASS)})
+    with pytest.raises(UserError, match='tracker "tensorbord" is unknown. Choose from: aim, '):
+        profiles.check({"tracker": "mlflow, tensorbord"})
+    plain, watched = ([step.key() for step in pipeline.steps({"tracker": name})] for name in ("", "wandb"))
+    assert plain == watched
 
 
 NO_NAMES = "", ".", "..", "exp/one", "../../escaped", "a\\b", "a\0b", "a\nb", "-rf", "a,b", "$x$", "<b>", "x" * 101

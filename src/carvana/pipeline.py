@@ -41,7 +41,8 @@ class Step:
         """Changes when the notebook, the package, a parameter or anything it reads changes."""
         package = [stamp(path) for path in sorted(PACKAGE.rglob("*")) if path.suffix in (".py", ".jinja")]
         reads = [stamp(path) for path in self.reads]
-        return fingerprint(sha256(notebook_path(self.notebook)), package, self.values, reads)
+        values = {name: value for name, value in self.values.items() if name != "tracker"}  # it only watches
+        return fingerprint(sha256(notebook_path(self.notebook)), package, values, reads)
 
 
 def steps(profile: Values) -> Iterator[Step]:

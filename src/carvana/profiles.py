@@ -35,16 +35,18 @@ NAME = (
     "is no name of a run. Use letters, digits, spaces and any of _ . + = ( ) -; not cache",
 )
 TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
+TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
 PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
     "run_name": NAME,
     "members": NAME,
     "init_from": NAME,
     "tta": (TTA, "is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... from 0.25 to 4"),
+    "tracker": (f"({TRACKERS})".replace(", ", "|"), f"is unknown. Choose from: {TRACKERS}"),
     "device": ("auto|cuda|mps|cpu", "is unknown. Choose from: auto, cuda, mps, cpu"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
     **dict.fromkeys(("exclude", "ensemble", "test_dir", "sample"), (r"[^\0]*", "is no file. Give its path")),
 }
-LISTS = ("members", "init_from", "tta")  # which may be empty
+LISTS = ("members", "init_from", "tta", "tracker")  # which may be empty
 LINE = r"^(\w+) *= *(.*?) *(?:# *(.*))?$"  # of a parameters cell; papermill's own reader takes 2 seconds to import
 WHOLE, NUMBER = r"[-+]?(0|[1-9]\d{0,18})", r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?"  # no 010, 1:30, 1_000
 
@@ -90,7 +92,15 @@ def with_defaults(values: Values) -> Values:
 
 
 def check(values: Values) -> None:
-    """UserError for a parameter outside RANGES or PATTERNS, before any work: `check(globals())` in a notebook."""
+    """UserError for a parameter outside RANGES or PATTERNS, before any work: `check(globals())` in a notebook.
+
+    There also for what papermill has set and no notebook has.
+    """
+    cells: list[str] = ["", "", "", *values.get("In", [])]
+    default, injected = cells[-3:-1]  # the last is the cell that calls this
+    if injected.startswith("# Parameters\n"):
+        for name in sorted(_assigned(injected) - _assigned(default)):
+            _check_name(name, "papermill")
     for name in values.keys() & RANGES.keys():
         value, (low, high) = values[name], RANGES[name]
         try:
@@ -106,6 +116,16 @@ def check(values: Values) -> None:
         items = parse_list(values[name]) if name in LISTS else [values[name]]
         if wrong := [item for item in items if not re.fullmatch(pattern, str(item))]:
             raise UserError(f"{name} {json.dumps(str(wrong[0])[:120])} {advice}.")
+
+
+def _assigned(cell: str) -> set[str]:
+    return {target.id for line in ast.parse(cell).body for target in getattr(line, "targets", ())}
+
+
+def _check_name(name: str, source: str | Path) -> None:
+    if name not in parameters():
+        hint = did_you_mean(name, parameters())
+        raise UserError(f'parameter "{name[:60]}" of {source} is in no notebook{hint} See: carvana params')
 
 
 def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> Values:
@@ -125,9 +145,7 @@ def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> V
     for name, node in [*(root.value if root else ()), *(overrides or {}).items()]:
         given = isinstance(node, str)  # by -p
         name = name if given else str(name.value)
-        if name not in defined:
-            hint = did_you_mean(name, defined)
-            raise UserError(f'parameter "{name[:60]}" of {path} is in no notebook{hint} See: carvana params')
+        _check_name(name, path)
         if name in profile and not given:
             raise UserError(f'parameter "{name}" stands twice in {path}. Leave one of them.')
         default = defined[name].default

@@ -52,6 +52,7 @@ class Run:
         self.folder = self.runs_dir / run_name
         self.cache_dir = self.runs_dir / "cache"  # of training samples, for all runs
         self.shards_dir = self.folder / "parts"
+        self.evaluation_dir = self.folder / "evaluation"  # of its trackers
         self.worst_dir = self.folder / "figures" / "worst"
         self.folds_path = self.folder / "folds.csv"
         self.scores_path = self.folder / "scores.csv"

@@ -139,7 +139,7 @@ def test_training_in_processes_of_its_own_is_watched_from_its_files(shared_compe
 
 
 def test_what_is_no_progress_bar_stays_on_stderr(capsys):
-    shown = live.LiveDisplay(SimpleNamespace())
+    shown = live.LiveDisplay(SimpleNamespace(), None)
     shown.write("a warning\n")
     assert capsys.readouterr().err == "a warning\n"
 

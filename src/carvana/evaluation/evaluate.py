@@ -1,6 +1,7 @@
 """Out-of-fold scores at full size, what each tta, fold and run adds, and the ensemble that follows."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from carvana.files import write_text
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.predict import predict_probabilities
 from carvana.run import Run, shared_checkpoints, shared_folds
+from carvana.tracking import Point, Tracking
 
 
 def evaluate(runs: list[Run], competition: Competition, tta: list[str], batch_size: int = 8) -> Evaluation:
@@ -147,3 +149,18 @@ def write_results(run: Run, scores: pd.DataFrame, runs: list[Run], tta: list[str
     checkpoints = [by_fold[fold][i] for i in range(len(runs)) for fold in by_fold]
     weights = [weight / len(by_fold) for weight in settings.weights for _ in by_fold]
     EnsembleSpec(checkpoints, weights, tta, settings.threshold).write(run.ensemble_path)
+
+
+def log_scores(tracker: str, run: Run, scores: pd.DataFrame, settings: Settings) -> None:
+    """Log mean Dice and IoU with their intervals, and the threshold; tracker: where, see `tracking`.
+
+    A run's evaluations are numbered, from 0.
+    """
+    values, unseen = {"threshold": settings.threshold}, scores["fold"] == HOLDOUT
+    for label, rows in {"out_of_fold": scores[~unseen], "unseen": scores[unseen]}.items():
+        for name in ("dice", "iou") if len(rows) else ():
+            interval = metrics.score_over_cars(rows[name], rows["car"])
+            values |= {f"{label}/{name}_{end}": value for end, value in interval._asdict().items()}
+    with closing(Tracking(tracker, run, run.evaluation_dir)) as tracking:
+        number = max(tracking.note["logged"].values(), default=0)
+        tracking.log(number, [Point(number, values)])

@@ -18,33 +18,37 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from carvana.plots import style
-from carvana.plots.overlays import Outlined, densest, edge_pixels
+from carvana.plots.overlays import Outlined, densest, edge_pixels, with_errors
+from carvana.tracking import Point, Tracking
 from carvana.training.launch import train
-from carvana.training.state import read_snapshot, snapshot_epochs
-from carvana.training.trainer import Trainer
+from carvana.training.state import Snapshot, read_snapshot, snapshot_epochs
+from carvana.training.trainer import READ_EVERY, Trainer
 
 COLUMNS = 5  # epochs in the strip, from the first to the last
 STRIP_SHARE = 0.2  # of height and width that a crop of the strip shows
 PAUSE = 50  # drawing takes at most a fiftieth of the time
 
 
-def train_live(trainer: Trainer, max_hours: float = 0, workers: int = -1) -> pd.DataFrame:
-    """`training.train`, shown in the notebook by one line of progress and two figures that are renewed in place."""
-    if get_ipython() is None:  # a script has no outputs to renew
-        return train(trainer, max_hours, workers)
-    shown = LiveDisplay(trainer)
-    with contextlib.redirect_stderr(shown):
-        history = train(trainer, max_hours, workers, shown.draw)
-    shown.pause_until = 0
-    shown.draw()
+def train_live(trainer: Trainer, max_hours: float = 0, workers: int = -1, tracker: str = "") -> pd.DataFrame:
+    """`training.train`, shown in the notebook by one line of progress and two figures that are renewed in place.
+
+    tracker: where else it is shown, see `tracking`.
+    """
+    with contextlib.closing(Tracking(tracker, trainer.run, trainer.folder)) as tracking:
+        shown = LiveDisplay(trainer, tracking)
+        # a script has no outputs to renew
+        with contextlib.nullcontext() if get_ipython() is None else contextlib.redirect_stderr(shown):
+            history = train(trainer, max_hours, workers, shown.renew)
+            shown.pause_until = 0
+            shown.renew()
     return history
 
 
 class LiveDisplay(io.TextIOBase):
     """Where progress bars and figures go: each has one output, which ends in the notebook as it was last."""
 
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.stderr = trainer, sys.stderr
+    def __init__(self, trainer: Trainer, tracking: Tracking):
+        self.trainer, self.tracking, self.stderr = trainer, tracking, sys.stderr
         self.outputs: dict[str, DisplayHandle] = {}
         self.pause_until = 0.0
 
@@ -56,6 +60,12 @@ class LiveDisplay(io.TextIOBase):
         elif line:
             self.stderr.write(text)
         return len(text)
+
+    def renew(self) -> None:
+        """Show what is new, in the trackers and, unless that was done a moment ago, in the figures."""
+        log_epochs(self.trainer, self.tracking)
+        if get_ipython() is not None:
+            self.draw()
 
     def draw(self) -> None:
         """Renew the figures, unless that was done a moment ago."""
@@ -71,6 +81,41 @@ class LiveDisplay(io.TextIOBase):
             self.outputs[name].update(output, **options)  # type: ignore[no-untyped-call]
         else:
             self.outputs[name] = display(output, display_id=True, **options)  # type: ignore[no-untyped-call]
+
+
+def log_epochs(trainer: Trainer, tracking: Tracking) -> None:
+    """Log every epoch that the fold's folder holds and a tracker lacks, also those of before the last kill."""
+    recipe = trainer.recipe
+    for epoch in filter(tracking.lacking, snapshot_epochs(trainer.folder)):
+        rows = trainer.run.histories().get(str(trainer.fold), pd.DataFrame({"epoch": []}))
+        rows = rows[rows["epoch"] == epoch]
+        if rows.empty and (epoch % recipe.validate_every == 0 or epoch == recipe.epochs):
+            return  # it is being validated
+        tracking.log(epoch, _points(trainer, epoch, rows))
+
+
+def _points(trainer: Trainer, epoch: int, rows: pd.DataFrame) -> list[Point]:
+    """What an epoch's snapshot and its row of the history, if it was validated, have to show."""
+    snapshot, last = read_snapshot(trainer.folder, epoch), epoch * trainer.steps_per_epoch
+    first = last - len(snapshot.losses)
+    points = []
+    for start in range(0, len(snapshot.losses), READ_EVERY):
+        losses = snapshot.losses[start : start + READ_EVERY]
+        points.append(Point(first + start + len(losses), {"train/loss": float(losses.mean())}))
+    values = {"train/lr": snapshot.lr, "train/speed": snapshot.speed}
+    for row in rows.to_dict("records"):
+        values |= {"valid/dice": row["dice"], "valid/iou": row["iou"]}
+    return [*points, Point(last, values, _watched(trainer, snapshot) if len(rows) else None)]
+
+
+def _watched(trainer: Trainer, snapshot: Snapshot) -> np.ndarray:
+    """The watched images with their errors painted on them, (n, height, width, 3) uint8."""
+    shown = []
+    for row, logits in zip(trainer.preview_rows, snapshot.logits, strict=True):
+        image, target = trainer.source[row]
+        true, predicted = target > 127, logits > 0
+        shown.append(with_errors(image, true & ~predicted, predicted & ~true))
+    return np.stack(shown)
 
 
 def training_curves(trainer: Trainer) -> Figure:
