@@ -22,7 +22,7 @@ PROJECT = "carvana"  # under which a tracker keeps all runs
 
 
 class Point(NamedTuple):
-    """What is logged at one step: numbers by name (not finite ones), and images (n, H, W, 3) uint8."""
+    """What is logged at one step: numbers by name, where they are finite, and images (n, H, W, 3) uint8."""
 
     step: int
     values: dict[str, float]
