@@ -59,6 +59,10 @@ class FakeKaggle:
         self.dataset: dict = {}
         self.kernels: list[dict] = []
         self.session = "COMPLETE"  # of the last version of the kernel
+        self.sessions: list[str] = []  # its states before that, one a look
+        self.output: dict[str, bytes] = {}  # files that it left
+        self.log = ""
+        self.goog_hash = ""  # what the storage says of a file
         self.stored = bytearray()  # of the upload under way
         self.uploaded: list[bytes] = []
         self.resumable, self.turn = True, 0
@@ -129,7 +133,16 @@ class FakeKaggle:
         return {"ref": body["slug"], "url": "http://localhost/x", "versionNumber": len(self.kernels), **self.verdict}
 
     def getkernelsessionstatus(self, body: dict) -> dict:
-        return {"status": self.session}
+        return {"status": self.sessions.pop(0) if self.sessions else self.session}
+
+    def listkernelsessionoutput(self, body: dict) -> dict:
+        first, entries = int(body.get("pageToken") or 0), []
+        for i, content in enumerate(self.output.values()):
+            self.files[f"output-{i}"] = content  # by number: the names lead anywhere
+            entries.append(f"http://localhost:{self.port}/storage/output-{i}?signature=abc")
+        page = [{"fileName": name, "url": url} for name, url in zip(self.output, entries, strict=True)]
+        last = first + self.page_size
+        return {"files": page[first:last], "log": self.log, "nextPageToken": str(last) if page[last:] else ""}
 
     def introspecttoken(self, body: dict) -> dict:
         return {"active": True, "username": USER}
@@ -237,6 +250,13 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(packed[:stop])
             self.close_connection = True
+        elif fault == "slow":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            for at in range(len(whole)):
+                self.wfile.write(whole[at : at + 1])
+                self.fake.stalled.wait(0.02)
         elif fault == "expired":
             self.answer(403, b"<Error>Request has expired</Error>", "application/xml")
         elif fault == "short":  # no length, so the client cannot notice
@@ -274,6 +294,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if first or unasked:
             self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
+        if self.fake.goog_hash:
+            self.send_header("x-goog-hash", self.fake.goog_hash)
         self.send_header("Last-Modified", "Mon, 24 Jul 2017 00:00:00 GMT")
         self.send_header("Content-Length", str(len(whole) - first))
         self.end_headers()

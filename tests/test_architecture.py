@@ -19,7 +19,8 @@ ORDER = [
     "inference.logits", "inference.ensemble", "inference.loader", "inference.predict",
     "evaluation.label_issues", "evaluation.scoring", "evaluation.evaluate",
     "submission", "export", "pipeline",
-    "kaggle.credentials", "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.kernels",
+    "kaggle.credentials", "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.inside",
+    "kaggle.kernels", "kaggle.session", "doctor",
     "plots.style", "plots.overlays", "plots.explore", "plots.scores", "plots.training", "plots.browser", "plots.report",
     "cli",
 ]  # fmt: skip

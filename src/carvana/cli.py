@@ -54,6 +54,16 @@ def _params(options: argparse.Namespace) -> None:
         print(f"{name:18}{parameter.default!r:24}{notebooks:20}{parameter.help}")
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from carvana.doctor import examine
+
+    stopped = False
+    for state, name, seen in examine(options.profile):
+        print(f"{state:5}{name:12}{seen}", flush=True)
+        stopped |= state == "STOP"
+    return stopped
+
+
 def _demo_data(options: argparse.Namespace) -> None:
     from carvana.data import demo
 
@@ -118,12 +128,17 @@ def _kernel_build(options: argparse.Namespace) -> None:
 
 
 def _kernel_push(options: argparse.Namespace) -> None:
+    if options.wait:
+        from carvana.kaggle.session import push_and_wait
+
+        return push_and_wait(options.folder, options.resume, options.runs_dir)
     from carvana.kaggle.kernels import push
 
     kernel = push(options.folder, options.resume)
     name = kernel.rpartition("/")[0]
-    print(f"{kernel} runs on Kaggle. Follow it, then fetch its files, with:")
-    print(f"  kaggle kernels status {name}\n  kaggle kernels logs {name}\n  kaggle kernels output {name} -p output")
+    print(f"{kernel} runs on Kaggle. Follow it and fetch its files with:")
+    print(f"  carvana kernel push {options.folder} --wait\nor: kaggle kernels output {name} -p output")
+    return None
 
 
 def _ledger(options: argparse.Namespace) -> None:
@@ -154,6 +169,8 @@ def _add_run_commands(commands: Commands) -> None:
     run.add_argument("profile", type=Path, help="a YAML file of parameters, such as profiles/demo.yaml")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     _command(commands, "params", _params, "list the parameters of all notebooks")
+    doctor = _command(commands, "doctor", _doctor, "say what this machine has for a run, and what to do about the rest")
+    doctor.add_argument("profile", type=Path, nargs="?", help="the YAML file that shall run; default: none")
     compare = _command(commands, "compare", _compare, "compare the out-of-fold Dice of runs, image by image")
     compare.add_argument("runs", nargs="+", metavar="RUN")
     compare.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
@@ -217,6 +234,8 @@ def _add_kernel_commands(commands: Commands) -> None:
     push = _command(kernel_commands, "push", _kernel_push, "bring the folder to Kaggle and start the run there")
     push.add_argument("folder", type=Path)
     push.add_argument("--resume", action="store_true", help="go on from the output of the last version")
+    push.add_argument("--wait", action="store_true", help="follow it to its end and fetch its output; can be repeated")
+    push.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs, for --wait")
 
 
 def _command(commands: Commands, name: str, function: Action, text: str) -> argparse.ArgumentParser:

@@ -178,6 +178,22 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def in_cache(encoder: str) -> bool:
+    """Whether an encoder's ImageNet weights are on this machine."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{_repository(encoder)}".replace("/", "--"), "snapshots")
+    return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
+
+
+def fetch_encoder(encoder: str, path: Path) -> Path:
+    """Write an encoder's ImageNet weights from the hub (or its cache) to a .safetensors file; returns its path."""
+    tensors = {name: tensor.contiguous() for name, tensor in _hub_weights(encoder).items()}
+    with atomic(path) as file:
+        file.write(save(tensors))
+    return path
+
+
 def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

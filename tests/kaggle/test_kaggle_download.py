@@ -1,3 +1,4 @@
+import base64
 import errno
 import hashlib
 import io
@@ -323,3 +324,22 @@ def test_a_wait_for_another_process_is_said_and_ends(tmp_path, capfd):
     assert "waiting for a download of another process, 0 hours at most" in capfd.readouterr().out
     with files.locked(tmp_path / "lock", "a download", 0):
         assert (tmp_path / "lock").exists()
+
+
+def test_a_byte_at_a_time_is_given_up_and_what_came_is_kept(fake, data, monkeypatch):
+    monkeypatch.setattr(client, "SLOWEST", (1000, 0.2))
+    fake.faults["storage"] = ["slow"] * 9
+    refused("train.zip: [0-9]+ bytes a second come. Check the network", download.download, data, ["train.zip"])
+    assert fake.calls("storage") == 1  # no try of many that each take minutes
+    assert 0 < (data / ".download" / "train.zip").stat().st_size < 1000
+
+
+def test_a_file_of_unknown_size_has_the_hash_that_the_storage_says(fake, data):
+    fake.files["plain.csv"], fake.sizes["plain.csv"] = b"img,rle_mask\n", 0
+    md5 = base64.b64encode(hashlib.md5(b"img,rle_mask\n").digest()).decode()
+    fake.goog_hash = f"crc32c=AAAAAA==,md5={md5}"
+    download.download(data, ["plain.csv"])
+    (data / "plain.csv").unlink()
+    fake.goog_hash = f"crc32c=AAAAAA==,md5={base64.b64encode(bytes(16)).decode()}"
+    refused("plain.csv: .*another MD5 than Kaggle's storage says", download.download, data, ["plain.csv"])
+    assert not (data / "plain.csv").exists()

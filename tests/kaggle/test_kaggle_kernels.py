@@ -7,15 +7,17 @@ import zipfile
 import nbformat
 import papermill
 import pytest
+import torch
 from conftest import RECIPE, write_competition
 from fake_kaggle import USER, hide_credentials, refused
+from safetensors.torch import load_file
 
 import carvana
-from carvana import cli, submission
+from carvana import cli, models, submission
 from carvana.data import Competition
 from carvana.errors import UserError
 from carvana.files import project_root
-from carvana.kaggle import client, kernels
+from carvana.kaggle import client, inside, kernels
 
 SLUG = f"{USER}/carvana-tiny"
 
@@ -52,10 +54,7 @@ def test_the_same_is_built_from_the_same(built, profile, tmp_path):
     assert (again / "dataset" / "suite.zip").read_bytes() == (built / "dataset" / "suite.zip").read_bytes()
 
 
-def test_a_profile_that_needs_the_internet_is_refused_and_a_weights_file_helps(profile, tmp_path):
-    profile.write_text("run_name: tiny")
-    with pytest.raises(UserError, match="tiny.yaml fetches encoder weights.*Give a file: --weights"):
-        kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
+def test_a_weights_file_is_packed(profile, tmp_path):
     with pytest.raises(UserError, match="--weights .*w.safetensors is no file"):
         kernels.build(kernels.KernelPlan(profile, USER, tmp_path / "w.safetensors", wheels=False), tmp_path / "built")
     (tmp_path / "w.safetensors").write_bytes(b"weights")
@@ -65,8 +64,56 @@ def test_a_profile_that_needs_the_internet_is_refused_and_a_weights_file_helps(p
     assert (tmp_path / "built" / "dataset" / "encoder.safetensors").read_bytes() == b"weights"
 
 
+class Encoder:
+    """What the hub gives for ImageNet weights."""
+
+    def state_dict(self):
+        return {"conv1.weight": torch.ones(2, 3).T}
+
+
+def test_the_default_profile_packs_the_weights_of_the_hub_and_says_what_to_give_without_it(tmp_path, monkeypatch):
+    built, asked = tmp_path / "built", []
+
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    plan = kernels.KernelPlan(project_root() / "profiles" / "t4x2.yaml", USER, wheels=False)
+    monkeypatch.setattr(models.smp.encoders, "get_encoder", offline)
+    refused('"imagenet" of resnet34 could not be fetched.*https://.*Here: --weights FILE', kernels.build, plan, built)
+    assert not (built / "dataset").exists()
+    monkeypatch.setattr(
+        models.smp.encoders, "get_encoder", lambda *names, **options: asked.append((names, options)) or Encoder()
+    )
+    kernels.build(plan, built)
+    assert asked == [(("resnet34",), {"weights": "imagenet"})]
+    assert load_file(built / "dataset" / "encoder.safetensors")["conv1.weight"].shape == (3, 2)
+
+
+def test_the_file_that_a_profile_names_is_packed(profile, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    profile.write_text(profile.read_text().replace('encoder_weights: ""', f"encoder_weights: {tmp_path / 'w.pth'}"))
+    built = kernels.build(kernels.KernelPlan(profile, USER, wheels=False), tmp_path / "built")
+    assert (built / "dataset" / "encoder.pth").read_bytes() == b"weights"
+
+
+def test_only_wheels_that_the_image_lacks_are_fetched(profile, tmp_path, monkeypatch):
+    commands = []
+    ended = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(kernels.subprocess, "run", lambda command, **_: commands.append(command) or ended)
+    kernels.build(kernels.KernelPlan(profile, USER), tmp_path / "built")
+    wanted = [word.partition(">")[0].partition("<")[0] for word in commands[0][-2:]]
+    assert wanted == ["segmentation-models-pytorch", "simplejpeg"]
+    assert not commands[0][-3].startswith("albumentations")
+
+
+def test_the_kernel_never_replaces_what_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("numpy>=999")
+    monkeypatch.setattr(inside.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    refused("numpy>=999: another version is imported already", inside.install, tmp_path, tmp_path)
+
+
 def test_wheels_of_what_kaggle_may_lack_leave_torch_and_the_client_out():
-    names = {requirement.name for requirement in kernels.requirements(project_root() / "requirements.txt")}
+    names = {requirement.name for requirement in inside.requirements(project_root() / "requirements.txt")}
     assert {"segmentation-models-pytorch", "albumentations", "simplejpeg", "papermill"} <= names
     assert not names & {"torch", "torchvision", "kaggle", "six"}
 
@@ -74,7 +121,7 @@ def test_wheels_of_what_kaggle_may_lack_leave_torch_and_the_client_out():
 def test_the_kernel_may_import_its_module_before_anything_is_installed():
     absent = ("simplejpeg", "papermill", "timm", "albumentations")
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in absent)
-    code = f"import sys; {blocked}from carvana.kaggle import kernels"
+    code = f"import sys; {blocked}from carvana.kaggle import inside"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -85,6 +132,7 @@ def test_push_makes_the_dataset_then_the_kernel(fake, built, capfd):
     shown = capfd.readouterr().out
     assert f"{SLUG}/1 runs on Kaggle" in shown
     assert f"kaggle kernels output {SLUG}" in shown
+    assert f"carvana kernel push {built} --wait" in shown
     assert fake.uploaded == [(built / "dataset" / "suite.zip").read_bytes()]
     assert (fake.dataset["slug"], fake.dataset["isPrivate"]) == ("carvana-tiny-suite", True)
     assert fake.dataset["files"] == [{"token": "suite.zip"}]
@@ -140,7 +188,7 @@ def test_a_push_whose_answer_was_lost_is_looked_for_before_it_is_repeated(fake, 
     fake.verdict, fake.faults["SaveKernel"] = {}, [answer]
     refused("A kernel may run", kernels.push, built)
     fake.session = "RUNNING"
-    refused(f"{SLUG} runs on Kaggle already .RUNNING.. Wait for it or stop it at", kernels.push, built)
+    refused(f"{SLUG} runs on Kaggle already. Add --wait, or stop it at", kernels.push, built)
     assert len(fake.kernels) == fake.calls("SaveKernel") == 1
     fake.session = "COMPLETE"
     assert kernels.push(built) == f"{SLUG}/2"
@@ -271,7 +319,7 @@ def test_a_session_that_lacks_something_is_told_all_at_once(built, tmp_path):
     (suite / "profile.yaml").write_text("run_name: tiny")
     expected = "lacks the competition's data below .*; encoder weights .*; 2 of 2 GPUs"
     with pytest.raises(UserError, match=expected):
-        kernels.prepare(suite, suite, tmp_path / "input", tmp_path / "working", 2)
+        inside.prepare(suite, suite, tmp_path / "input", tmp_path / "working", 2)
     assert values["gpus"] == 0
 
 
@@ -288,11 +336,11 @@ def test_a_missing_requirement_is_installed_from_its_wheel(tmp_path, monkeypatch
         archive.writestr("tinypkg_of_a_test-1.0.dist-info/RECORD", "")
     (tmp_path / "requirements.txt").write_text("tinypkg-of-a-test>=1  # why\nnumpy>=2\ntorch>=99\n")
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
-    assert kernels.install(tmp_path, tmp_path) == ["tinypkg-of-a-test>=1"]
+    assert inside.install(tmp_path, tmp_path) == ["tinypkg-of-a-test>=1"]
     assert (tmp_path / "site" / "tinypkg_of_a_test.py").exists()
     wheel.unlink()
     with pytest.raises(UserError, match="tinypkg-of-a-test>=1 cannot be installed"):
-        kernels.install(tmp_path, tmp_path)
+        inside.install(tmp_path, tmp_path)
 
 
 def test_the_kernel_imports_the_package_that_was_pushed(offline, built, tmp_path):

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError
 
 from carvana.errors import UserError
 from carvana.kaggle.credentials import SETTINGS, config_file, credentials_source, scrub, warn_if_open
@@ -26,6 +27,8 @@ TIMEOUT = (15, 60)  # seconds to connect, and between two bytes
 TRIES, TRANSFER_TRIES = 4, 9  # failures in a row: 14 s apart in all, and 4 minutes where a file would be lost
 PAGE_SIZE, PAGES = 20, 1000  # of Kaggle's lists, and how many pages are read at most
 LONGEST_ANSWER = 16 << 20, 120  # bytes and seconds of what is no file
+PIECE = 1 << 16  # bytes of a file that are handed on at once, at most lost when a line is cut
+SLOWEST = 1000, 120  # bytes a second of a file that must come, over so many seconds
 
 
 class LostAnswerError(UserError):
@@ -80,6 +83,26 @@ def _read(response: requests.Response) -> None:
             response.close()
             raise requests.ConnectionError("the answer does not end")
     response._content = bytes(body)
+
+
+def paced(response: requests.Response, name: str) -> Iterator[bytes]:
+    """The body of a file, as it comes; UserError where it comes too slowly ever to end."""
+    since, size = time.monotonic(), 0
+    if response._content_consumed:  # type: ignore[attr-defined]  # a page, which `patched_http` has read
+        yield response.content
+        return
+    try:
+        while piece := response.raw.read1(PIECE, decode_content=True):
+            yield piece
+            size, seconds = size + len(piece), time.monotonic() - since
+            if seconds > SLOWEST[1]:
+                if size < SLOWEST[0] * seconds:
+                    raise UserError(
+                        f"{name}: {size / seconds:.0f} bytes a second come. Check the network, start again."
+                    )
+                since, size = time.monotonic(), 0
+    except HTTPError as error:  # of urllib3, which requests hides only in its own way to read
+        raise requests.ConnectionError(error) from None
 
 
 def with_retries(what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] | None = None) -> Any:

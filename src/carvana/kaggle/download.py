@@ -3,7 +3,10 @@
 The client would append an error page to half a file, and hang on a silent line.
 """
 
+import base64
 import contextlib
+import hashlib
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,10 @@ from tqdm import tqdm
 from carvana.data.competition import Competition
 from carvana.errors import UserError, did_you_mean
 from carvana.files import locked, need_space, read_json, sha256, stamp, write_json
-from carvana.kaggle.client import COMPETITION, call, listed, patched_http, sign_in, with_retries
+from carvana.kaggle.client import COMPETITION, PIECE, call, listed, paced, patched_http, sign_in, with_retries
 from carvana.kaggle.credentials import scrub
 from carvana.parallel import progress
 
-PIECE = 1 << 16  # bytes written at once, at most lost when a line is cut
 LONGEST = 1 << 36  # bytes of a file whose size is not listed
 TABLES = ("train_masks.zip", "train_masks.csv.zip", "metadata.csv.zip", "sample_submission.csv.zip")
 
@@ -143,8 +145,8 @@ def _receive(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
     had = _length(part) if _tag(part).exists() else 0
     fault = _fault(part, size) if had else "has to come"
     if fault:
-        _append(api, part, name, size, bar)
-        fault = _fault(part, size)
+        md5 = _append(api, part, name, size, bar)
+        fault = _fault(part, size) or _other_hash(part, "" if size else md5)
     if fault:
         if not had < _length(part) < size:  # else the line ended early, and what has come may be sound
             bar.update(-_length(part))
@@ -152,8 +154,18 @@ def _receive(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
         raise ValueError(f"what arrived {fault}")
 
 
-def _append(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
-    """One request, each with a freshly signed address: bytes go behind those that are there or in place of them."""
+def _other_hash(part: Path, md5: str) -> str:
+    """What is wrong with a file whose MD5 should be this one, in base64; "" if nothing, or where it is not known."""
+    with part.open("rb") as file:
+        there = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode() if md5 else ""
+    return "" if there == md5 else "has another MD5 than Kaggle's storage says"
+
+
+def _append(api: Any, part: Path, name: str, size: int, bar: tqdm) -> str:
+    """One request, each with a freshly signed address: bytes go behind those that are there or in place of them.
+
+    Returns the whole file's MD5 in base64, "" where the storage does not say it.
+    """
     had = _length(part) if _tag(part).exists() else 0
     longest = LONGEST if not size else 2 * size + PIECE  # it may come packed, or packed in vain
     headers = {"Accept-Encoding": "identity"}  # packed on the way, a file could not go on in its middle
@@ -172,11 +184,13 @@ def _append(api: Any, part: Path, name: str, size: int, bar: tqdm) -> None:
         bar.update(first - _length(part))
         with part.open("r+b" if first else "wb") as file:
             file.seek(first)
-            for piece in response.iter_content(PIECE):
+            for piece in paced(response, name):
                 bar.update(file.write(piece))
                 if file.tell() > longest:
                     file.truncate(0)
                     raise ValueError("what arrives does not end")
+    said = re.search(r"\bmd5=([\w+/=]+)", response.headers.get("x-goog-hash", ""))
+    return said[1] if said and "Content-Encoding" not in response.headers else ""  # it is of the file as it is stored
 
 
 def _offset(response: requests.Response, had: int, part: Path) -> int:

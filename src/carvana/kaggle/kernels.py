@@ -1,6 +1,6 @@
-"""A run inside Kaggle's notebooks: a folder to push, the push itself, and what the notebook does first when it runs.
+"""A run inside Kaggle's notebooks: a folder to push, and the push itself.
 
-The kernel needs no internet: the package, wheels of what it may lack and encoder weights come as a dataset of its own.
+The kernel needs no internet: the package, wheels of what it lacks and encoder weights come as a dataset of its own.
 """
 
 import contextlib
@@ -8,29 +8,28 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from carvana.errors import UserError
-from carvana.files import atomic, need_space, project_root, read_json, write_json, write_text
+from carvana.files import atomic, need_space, optional_path, project_root, read_json, write_json, write_text
 from carvana.kaggle.client import COMPETITION, LostAnswerError, call, once, remedy, sign_in, status_of, with_retries
 from carvana.kaggle.credentials import scrub
+from carvana.kaggle.inside import requirements
 from carvana.kaggle.upload import Upload
+from carvana.profiles import load_profile, with_defaults
 
-NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
+LACKING = "segmentation-models-pytorch", "simplejpeg"  # in Kaggle's image, which has all else
 PLATFORMS = "manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64"
 POLL, LOOKS = 5, 120  # seconds between two looks at a dataset that is not ready, and how many
 SETTLING = 6  # looks at a new version for as long as Kaggle may still tell of the old one
+NOTE = "session.json"  # beside the kernel: what `push --wait` follows
 CODE = "https://www.kaggle.com/code"
-DEPTH = 5  # folders below the input folder in which Kaggle may mount something
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,9 @@ def build(plan: KernelPlan, folder: Path) -> Path:
 
     UserError where the profile could not run there.
     """
-    profile, weights = _parameters(plan.profile), plan.weights
+    profile = with_defaults(load_profile(plan.profile))
     slug = re.sub(r"[^a-z0-9]+", "-", f"carvana {profile['run_name']}".lower())[:40].strip("-")  # as of the title
     title = slug.replace("-", " ")
-    if profile["encoder_weights"] == "imagenet" and not weights:
-        reason = "fetches encoder weights, but the kernel has no internet"
-        raise UserError(f"{plan.profile} {reason}. Give a file: --weights.")
-    if weights and not weights.is_file():
-        raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
     if not re.fullmatch(r"[\w-]+", plan.user, re.ASCII):
         raise UserError(
             f"--user {plan.user!r} is no name on Kaggle. Take the one in the address of your profile there."
@@ -68,7 +62,9 @@ def build(plan: KernelPlan, folder: Path) -> Path:
     if (folder / "dataset").exists() and not (folder / "dataset" / "dataset-metadata.json").is_file():
         raise UserError(f"{folder / 'dataset'} was not made by `kernel build`, and stays. Choose another --folder.")
     need_space(folder)
+    weights = _encoder_file(plan.weights, profile, folder)
     shutil.rmtree(folder / "dataset", ignore_errors=True)
+    (folder / "kernel" / NOTE).unlink(missing_ok=True)
     described = {"id": f"{plan.user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
     write_json(folder / "dataset" / "dataset-metadata.json", described)  # first: tells that the folder is ours
     _write_suite(folder / "dataset" / "suite.zip", plan.profile)
@@ -81,11 +77,19 @@ def build(plan: KernelPlan, folder: Path) -> Path:
     return folder
 
 
-def _parameters(profile: str | Path) -> dict[str, Any]:
-    """All parameters of a profile, defaults included."""
-    from carvana.profiles import load_profile, with_defaults  # only now: on Kaggle it needs what `install` has brought
+def _encoder_file(given: Path | None, profile: dict[str, Any], folder: Path) -> Path | None:
+    """The encoder weights that the kernel needs as a file, as it has no internet: given, of the profile, or fetched."""
+    if not given and profile["encoder_weights"] == "imagenet":
+        from carvana import models  # torch takes seconds, and on Kaggle not all is installed yet
 
-    return with_defaults(load_profile(profile))
+        try:
+            return models.fetch_encoder(profile["encoder"], folder / "encoder.safetensors")
+        except UserError as error:
+            raise UserError(f"{error} Here: --weights FILE, as the kernel has no internet.") from None
+    weights = given or optional_path(profile["encoder_weights"])
+    if weights and not weights.is_file():
+        raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
+    return weights
 
 
 def _kernel(user: str, slug: str, title: str) -> dict:
@@ -112,21 +116,15 @@ def _write_suite(path: Path, profile: Path) -> None:
 
 
 def _fetch_wheels(folder: Path, python: str) -> None:
-    wanted = [str(requirement) for requirement in requirements(project_root() / "requirements.txt")]
+    wanted = requirements(project_root() / "requirements.txt")
+    wheels = [str(requirement) for requirement in wanted if requirement.name in LACKING]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--python-version", python, "--dest", str(folder)]
     for platform in PLATFORMS:
         command += ["--platform", platform]
-    ended = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
+    ended = subprocess.run([*command, *wheels], capture_output=True, text=True, check=False)
     if ended.returncode:
         raise UserError(f"wheels for Python {python} could not be fetched: {ended.stderr.splitlines()[-1]}")
-
-
-def requirements(path: Path) -> list[Requirement]:
-    """What the package needs to run on Kaggle."""
-    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    wanted = [Requirement(line) for line in lines if line]
-    return [requirement for requirement in wanted if requirement.name not in NOT_NEEDED]
 
 
 def push(folder: str | Path, resume: bool = False) -> str:
@@ -140,7 +138,8 @@ def push(folder: str | Path, resume: bool = False) -> str:
     kernel = read_json(path)
     kernel["kernel_sources"] = [kernel["id"]] if resume else []
     write_json(path, kernel)
-    _look_for_a_session(api, kernel["id"])
+    if running(folder):
+        raise UserError(f"{kernel['id']} runs on Kaggle already. Add --wait, or stop it at {CODE}/{kernel['id']}.")
     _push_dataset(api, folder / "dataset")
     answer = _once(kernel["id"], api.kernels_push, str(path.parent))
     kinds = "dataset", "competition", "kernel", "model"
@@ -156,13 +155,17 @@ def push(folder: str | Path, resume: bool = False) -> str:
     return f"{kernel['id']}/{answer.version_number}"
 
 
-def _look_for_a_session(api: Any, kernel: str) -> None:
-    """UserError where the kernel runs already: a push whose answer was lost may have started it."""
-    (user, slug), state = kernel.split("/"), None
+def running(folder: Path) -> str | None:
+    """The id of the folder's kernel where it runs already: a push whose answer was lost may have started it."""
+    kernel, state = read_json(folder / "kernel" / "kernel-metadata.json")["id"], None
     with contextlib.suppress(UserError):  # where the look fails, the push will, or Kaggle has changed its ways
-        state = _state(api, "kernels", "GetKernelSessionStatus", {"userName": user, "kernelSlug": slug})
-    if state in ("QUEUED", "RUNNING", "NEW_SCRIPT"):
-        raise UserError(f"{kernel} runs on Kaggle already ({state}). Wait for it or stop it at {CODE}/{kernel}.")
+        state = kernel_state(sign_in(), dict(zip(("userName", "kernelSlug"), kernel.split("/"), strict=True)))
+    return kernel if state in ("QUEUED", "RUNNING", "NEW_SCRIPT") else None
+
+
+def kernel_state(api: Any, asked: dict[str, Any]) -> str | None:
+    """QUEUED, RUNNING, COMPLETE, ERROR and the like of a kernel's session; None where there is none."""
+    return _state(api, "kernels", "GetKernelSessionStatus", asked)
 
 
 def _push_dataset(api: Any, folder: Path) -> None:
@@ -225,67 +228,3 @@ def _state(api: Any, *asked: Any) -> str | None:
             raise
 
     return with_retries(f"{asked[1]} of {'/'.join(asked[2].values())}", look)
-
-
-def install(suite: Path, dataset: Path) -> list[str]:
-    """On Kaggle: install the wheels for what is missing there, or of an unfit version; returns what was installed.
-
-    suite: the unpacked suite.zip. dataset: folder of the wheels. Needs nothing but pip and packaging.
-    """
-    lacking = [str(wanted) for wanted in requirements(suite / "requirements.txt") if not _is_there(wanted)]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    command += ["--find-links", str(dataset)]
-    if lacking:
-        ended = subprocess.run([*command, *lacking], capture_output=True, text=True, check=False)
-        if ended.returncode:
-            reason = ended.stderr.strip().splitlines()[-1]
-            raise UserError(f"{', '.join(lacking)} cannot be installed: {reason}. Build with the --python of Kaggle.")
-    return lacking
-
-
-def _is_there(wanted: Requirement) -> bool:
-    try:
-        return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus: int) -> dict[str, str]:
-    """On Kaggle: find data and weights, bring back an earlier output; returns the parameters that differ there.
-
-    UserError that names everything that is missing, within seconds instead of hours.
-    """
-    from carvana.device import gpu_count  # torch takes seconds
-
-    shutil.copytree(suite / "notebooks", working_dir / "notebooks", dirs_exist_ok=True)
-    profile, missing = _parameters(suite / "profile.yaml"), []
-    data = _below(input_dir, "train.zip") or _below(input_dir, "train")
-    if not data:
-        missing.append(f"the competition's data below {input_dir} (Add Input, Competition)")
-    weights = next(dataset.glob("encoder.*"), None)
-    if profile["encoder_weights"] and not weights:
-        missing.append("encoder weights (build again with --weights FILE)")
-    if (available := gpu_count()) < gpus:
-        missing.append(f"{gpus - available} of {gpus} GPUs (Settings, Accelerator, GPU T4 x2)")
-    if missing:
-        raise UserError(f"This session lacks {'; '.join(missing)}.")
-    _bring_back(input_dir, working_dir / "runs", profile["run_name"])
-    paths = {"data_dir": data, "runs_dir": working_dir / "runs", "submissions_dir": working_dir}
-    return {name: str(path) for name, path in (paths | ({"encoder_weights": weights} if weights else {})).items()}
-
-
-def _bring_back(input_dir: Path, runs: Path, run_name: str) -> None:
-    """An earlier session's run, to go on with; the cache lies where Kaggle does not save it."""
-    runs.mkdir(parents=True, exist_ok=True)
-    earlier = _below(input_dir, f"runs/{run_name}")
-    if earlier and not (runs / run_name).exists():
-        shutil.copytree(earlier / "runs" / run_name, runs / run_name)
-    if not (runs / "cache").exists():
-        (runs / "cache").symlink_to(tempfile.mkdtemp(prefix="carvana"), target_is_directory=True)
-
-
-def _below(folder: Path, name: str) -> Path | None:
-    """The folder that holds `name`, at most DEPTH below `folder`."""
-    matches = (path for depth in range(DEPTH) for path in sorted(folder.glob("*/" * depth + name)))
-    match = next(matches, None)
-    return match and match.parents[name.count("/")]

@@ -1,0 +1,153 @@
+"""What a machine has for a run, and what to do about what it lacks. Contacts nobody, writes nothing."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from carvana.data.competition import Competition
+from carvana.errors import UserError
+from carvana.files import resolve
+from carvana.kaggle.credentials import credentials_source, scrub
+from carvana.profiles import Values, load_profile, with_defaults
+
+SHARED_MEMORY = "/dev/shm"
+CACHE, RESERVE = 2_500_000, 2 << 30  # bytes of disk for the samples of an image, and for all else of a run
+
+
+class NoteError(UserError):
+    """What a person may want to mend, though a run goes on."""
+
+
+def examine(profile: Path | None = None) -> Iterator[tuple[str, str, str]]:
+    """What a run of `profile` (default: of no profile) finds here: "ok", "note" or "STOP", its name, what is there."""
+    values: Values = {}
+
+    def parameters() -> str:
+        values.update(with_defaults(load_profile(profile) if profile else {}))
+        return f"{profile or 'defaults'}, run {values['run_name']}"
+
+    checks: dict[str, Callable[[], str]] = {"profile": parameters, "Python": _python, "packages": _packages}
+    checks |= {"device": _device, "cores": lambda: f"{os.cpu_count()}", "memory": _memory}
+    checks |= {"disk": lambda: _disk(values), SHARED_MEMORY: _shared_memory, "credentials": _credentials}
+    checks |= {"data": lambda: _data(values), "weights": lambda: _weights(values)}
+    for name, check in checks.items():
+        if not values and name in ("disk", "data", "weights"):
+            continue  # nobody knows which
+        try:
+            yield "ok", name, check()
+        except UserError as error:
+            yield "note" if isinstance(error, NoteError) else "STOP", name, scrub(error)
+        except Exception as error:  # a package may fail to be imported in any way
+            yield "STOP", name, f"{type(error).__name__}: {scrub(error)}. Install what is needed again: make setup"
+
+
+def _noted(seen: str, noteworthy: bool, advice: str) -> str:
+    if noteworthy:
+        raise NoteError(f"{seen}. {advice}")
+    return seen
+
+
+def _python() -> str:
+    version = platform.python_version()
+    wanted = metadata.metadata("carvana")["Requires-Python"] if _distributed() else ""
+    if version not in SpecifierSet(wanted):
+        raise UserError(f"{version}, but {wanted} is needed. Try: make clean setup PYTHON=python3.12")
+    return f"{version}, {platform.system()} {platform.machine()}"
+
+
+def _distributed() -> bool:
+    return any(metadata.distributions(name="carvana"))
+
+
+def _packages() -> str:
+    import torch
+
+    wanted = [Requirement(line) for line in metadata.requires("carvana") or ()] if _distributed() else []
+    wanted = [need for need in wanted if not need.marker]  # else it is for the tests
+    unfit = [f"{need} ({there or 'absent'})" for need in wanted if (there := _unfit_version(need)) is not None]
+    if unfit:
+        raise UserError(f"{', '.join(unfit)}. Install what is needed: make setup, or pip install -r requirements.txt")
+    return f"torch {torch.__version__}, and {len(wanted)} that are needed fit"
+
+
+def _unfit_version(need: Requirement) -> str | None:
+    """The version that is installed where it does not do, "" where there is none, None where it does."""
+    try:
+        version = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return ""
+    return None if need.specifier.contains(version, prereleases=True) else version
+
+
+def _device() -> str:
+    from carvana.device import best, precision  # torch takes seconds
+
+    seen = f"{best()}, precision {precision('auto').replace('no', 'float32')}"
+    advice = "Real images take hours on it. Is there a GPU? Then look at its driver: nvidia-smi"
+    return _noted(seen, best().type == "cpu", advice)
+
+
+def _memory() -> str:
+    free = psutil.virtual_memory().available / 2**30
+    return _noted(f"{free:.1f} GB free", free < 6, "End other programs, or lower batch_size and workers")
+
+
+def _disk(values: Values) -> str:
+    folder = resolve(values["runs_dir"])
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < RESERVE or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} has {free / 1e9:.1f} GB free or cannot be written. Free space or give a runs_dir")
+    whole = 5088 * CACHE + RESERVE
+    advice = f"All images at 640x960 take {whole / 1e9:.0f} GB: free space or give a runs_dir"
+    return _noted(f"{free / 1e9:.0f} GB free at {folder}", free < whole, advice)
+
+
+def _shared_memory() -> str:
+    if not Path(SHARED_MEMORY).exists():
+        return "none, and this system needs none"
+    free = shutil.disk_usage(SHARED_MEMORY).free / 1e9
+    return _noted(f"{free:.1f} GB free", free < 1, "Start docker with --shm-size 8g, or run with -p workers 0")
+
+
+def _credentials() -> str:
+    try:
+        return f"from {credentials_source()}"
+    except UserError as error:
+        raise NoteError(str(error)) from None
+
+
+def _data(values: Values) -> str:
+    competition = Competition(values["data_dir"], values["hq"])
+    if values["demo_cars"]:
+        return f"01_download draws the demo into {competition.folder}"
+    if competition.has_train_images:
+        return f"{len(competition.train_images.names)} images to train on in {competition.folder}"
+    try:
+        credentials_source()
+    except UserError:
+        raise UserError(
+            f"none in {competition.folder}, nor credentials to fetch them. Give data_dir, or get a token"
+        ) from None
+    raise NoteError(
+        f"none in {competition.folder}. 01_download fetches 20 GB, or give the folder that has them: data_dir"
+    )
+
+
+def _weights(values: Values) -> str:
+    from carvana import models
+
+    wanted, encoder = values["encoder_weights"], values["encoder"]
+    if wanted != "imagenet":
+        models.check_weights(models.ModelConfig(values["arch"], encoder, "", 32, 32), wanted)
+        return wanted or "none needed"
+    there, advice = models.in_cache(encoder), "03_train fetches them; without internet give a file: encoder_weights"
+    return _noted(f"imagenet of {encoder}, {'' if there else 'not '}cached", not there, advice)

@@ -1,0 +1,101 @@
+import os
+import socket
+from importlib import metadata
+
+import pytest
+from conftest import write_competition
+from fake_kaggle import KEY, USER, hide_credentials
+
+from carvana import cli, doctor, models
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A home without credentials, a profile of an own folder, and no network at all."""
+
+    def connected(*_):
+        pytest.fail("the doctor contacts nobody")
+
+    hide_credentials(monkeypatch, tmp_path)
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, connected)
+    profile = tmp_path / "p.yaml"
+    values = {"run_name": "tiny", "data_dir": tmp_path / "data", "runs_dir": tmp_path / "new" / "runs"}
+    profile.write_text("".join(f"{name}: {value}\n" for name, value in values.items()) + 'encoder_weights: ""\n')
+    return profile
+
+
+def lines(profile):
+    return {name: (state, seen) for state, name, seen in doctor.examine(profile)}
+
+
+def test_a_machine_that_can_train(machine, tmp_path, capsys):
+    write_competition(tmp_path / "data")
+    found = lines(machine)
+    assert [*found] == [
+        "profile", "Python", "packages", "device", "cores", "memory", "disk", "/dev/shm", "credentials", "data",
+        "weights",
+    ]  # fmt: skip
+    assert found["data"] == ("ok", f"16 images to train on in {tmp_path / 'data'}")
+    assert found["weights"] == ("ok", "none needed")
+    assert found["cores"][1] == str(os.cpu_count())
+    assert found["credentials"][0] == "note"
+    assert not (tmp_path / "new").exists()
+    assert cli.main(["doctor", str(machine)]) == 0
+    assert "ok   data        16 images" in capsys.readouterr().out
+
+
+def test_no_data_and_no_credentials_stop_a_run_and_a_key_is_never_shown(machine, monkeypatch, capsys):
+    assert cli.main(["doctor", str(machine)]) == 1
+    assert "STOP data        none in" in capsys.readouterr().out
+    monkeypatch.setenv("KAGGLE_USERNAME", USER)
+    monkeypatch.setenv("KAGGLE_KEY", KEY)
+    assert cli.main(["doctor", str(machine)]) == 0
+    shown = capsys.readouterr().out
+    assert "credentials from the environment variables KAGGLE_USERNAME and KAGGLE_KEY" in shown
+    assert "note data        none in" in shown and "01_download fetches" in shown
+    assert KEY not in shown
+
+
+def test_what_stops_a_run_or_is_worth_a_note_says_what_to_do(machine, monkeypatch):
+    space = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: space)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1 << 30}))
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda name: [name])
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy>=2", 'ruff>=9; extra == "test"'])
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: {"Requires-Python": ">=9"})
+    machine.write_text(machine.read_text().replace('""', "lost.pth"))
+    found = lines(machine)
+    assert {name for name, (state, _) in found.items() if state == "STOP"} == {
+        "Python", "packages", "disk", "data", "weights",
+    }  # fmt: skip
+    assert "make clean setup PYTHON=" in found["Python"][1]
+    assert found["packages"][1].startswith("numpy>=2 (0.0.1). Install")
+    assert "lost.pth does not exist. Give a" in found["weights"][1]
+    assert found["memory"] == ("note", "1.0 GB free. End other programs, or lower batch_size and workers")
+
+
+def test_a_profile_that_cannot_be_read_is_one_line_and_the_machine_is_looked_at_all_the_same(machine):
+    machine.write_text("encodr: resnet18")
+    found = lines(machine)
+    assert found["profile"][0] == "STOP" and 'did you mean "encoder"' in found["profile"][1]
+    assert "cores" in found and "data" not in found
+
+
+def test_encoder_weights_of_the_hub_are_found_in_its_cache(machine, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    machine.write_text(machine.read_text().replace('""', "imagenet"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert lines(machine)["weights"][0] == "note"
+    repository = models.smp.encoders.encoders["resnet34"]["pretrained_settings"]["imagenet"]["repo_id"]
+    file = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / "1a" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert lines(machine)["weights"] == ("ok", "imagenet of resnet34, cached")
+
+
+def test_the_requirements_that_are_compared_are_the_packages_own(machine):
+    assert lines(machine)["packages"][0] == "ok"
+    assert any(need.startswith("torch") for need in metadata.requires("carvana"))
