@@ -15,6 +15,7 @@ from carvana.data.competition import Competition
 from carvana.errors import UserError
 from carvana.files import resolve
 from carvana.kaggle.credentials import credentials_source, scrub
+from carvana.parallel import cores
 from carvana.profiles import Values, load_profile, with_defaults
 
 SHARED_MEMORY = "/dev/shm"
@@ -34,7 +35,7 @@ def examine(profile: Path | None = None) -> Iterator[tuple[str, str, str]]:
         return f"{profile or 'defaults'}, run {values['run_name']}"
 
     checks: dict[str, Callable[[], str]] = {"profile": parameters, "Python": _python, "packages": _packages}
-    checks |= {"device": _device, "cores": lambda: f"{os.cpu_count()}", "memory": _memory}
+    checks |= {"device": _device, "cores": lambda: f"{cores()}", "memory": _memory}
     checks |= {"disk": lambda: _disk(values), SHARED_MEMORY: _shared_memory, "credentials": _credentials}
     checks |= {"data": lambda: _data(values), "weights": lambda: _weights(values)}
     for name, check in checks.items():
