@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from carvana.errors import UserError
-from carvana.parallel import launch
+from carvana.parallel import Processes, launch
 
 
 @pytest.mark.parametrize(("code", "message"), [
@@ -17,4 +17,4 @@ def test_what_ended_a_process_reaches_the_user(tmp_path, monkeypatch, code, mess
     (tmp_path / "failing.py").write_text(textwrap.dedent(f"import os, signal, sys\n{code}\n"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError, match=message):
-        launch("failing", [], 2, lambda: None)
+        launch("failing", [], Processes(2))

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from carvana.errors import UserError
-from carvana.parallel import cores
+from carvana.files import resolve
+from carvana.parallel import Processes, cores
 from carvana.profiles import check
 
 PRECISIONS = ("no", "fp16", "bf16", "auto")
@@ -92,10 +94,21 @@ def worker_count(wanted: int, on_gpu: int, on_cpu: int, batch_bytes: int) -> int
     return min(wanted, fits)
 
 
-def check_processes(processes: int) -> None:
-    """UserError where several processes would train on one GPU."""
+def shared_among(processes: int, accelerate_config: str = "") -> Processes:
+    """The processes that share the work: so many, or those that a file of `accelerate config` names.
+
+    UserError where several of them would work on one GPU, or the file says no number.
+    """
+    if accelerate_config:
+        try:
+            path = resolve(accelerate_config)
+            return Processes(int(yaml.safe_load(path.read_text())["num_processes"]), str(path))
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            reason = f"accelerate_config {accelerate_config} gives no num_processes ({type(error).__name__})"
+            raise UserError(f"{reason}. Make it with `accelerate config --config_file FILE`.") from error
     if processes > 1 and 0 < gpu_count() < processes:
         raise UserError(f"processes is {processes}, but there are {gpu_count()} GPUs. Let each have one of its own.")
+    return Processes(processes)
 
 
 def gpu_count() -> int:
@@ -104,14 +117,19 @@ def gpu_count() -> int:
 
 
 def use_gpu(number: int) -> None:
-    """Make GPU `number`, counted round, the one of this process; launched processes have theirs from Accelerate."""
-    if gpu_count() > 1 and not connected():
-        torch.cuda.set_device(number % gpu_count())
+    """Make GPU `number`, counted round, the one of this process; of a launched process the one of its own number."""
+    if gpu_count() > 1:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", number)) % gpu_count())
 
 
 def connected() -> bool:
     """Whether this is one of the processes that `parallel.launch` has started together."""
     return "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    """The number of this process among those that work together; 0 alone."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def process_count() -> int:

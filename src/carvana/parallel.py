@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,15 +76,38 @@ def tame_allocator() -> None:
     os.environ.setdefault("MALLOC_TOP_PAD_", str(256 << 20))
 
 
-def launch(module: str, arguments: Iterable[object], processes: int, on_line: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class Processes:
+    """How many processes share the work, and the file of `accelerate config` that spreads them over machines, or ""."""
+
+    count: int = 1
+    config: str = ""
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """The work of a launched process; 1 where it ends with a UserError, whose line `launch` hands on."""
+    try:
+        work()
+    except UserError as error:
+        print(f"carvana: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def launch(
+    module: str, arguments: Iterable[object], processes: Processes, on_line: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
     """Run `python -m module arguments` in connected processes, each on a device of its own, by `accelerate launch`.
 
-    What they write to stderr goes to ours, and `on_line` is called after each line. UserError with the line
-    `carvana: ...` of a process that failed, or with the error that ended it.
+    Each machine starts its own ones by a call like this. What they write to stderr goes to ours, and `on_line` is
+    called after each line. UserError with the line `carvana: ...` of a process that failed, or with the error that
+    ended it.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "-m", module, *map(str, arguments)]
+    options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes.count)]
+    options += ["--main_process_port", "0", "--num_cpu_threads_per_process", str(max(1, cores() // processes.count))]
+    options = ["--config_file", processes.config] if processes.config else options
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", module, *map(str, arguments)]
     reason = error = ""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -100,5 +124,5 @@ def launch(module: str, arguments: Iterable[object], processes: int, on_line: Ca
         finally:
             process.terminate()
     if process.returncode:
-        killed = f"The {processes} processes were killed, most likely for memory. Lower batch_size, then workers."
-        raise UserError(reason or (f"One of {processes} processes failed: {error}" if error else killed))
+        killed = f"The {processes.count} processes were killed, most likely for memory. Lower batch_size, then workers."
+        raise UserError(reason or (f"One of {processes.count} processes failed: {error}" if error else killed))

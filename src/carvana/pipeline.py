@@ -161,7 +161,9 @@ def _await(finishes: list[Future[None]]) -> None:
 
 def lanes(todo: list[Step]) -> list[list[Step]]:
     """Steps that run one after the other: 03_train takes the GPU of its fold's number, so folds have one a GPU."""
-    if len(todo) < 2 or todo[0].values.get("processes", 1) > 1 or todo[0].values.get("device") == "cpu":
+    values = todo[0].values if todo else {}
+    shared = values.get("processes", 1) > 1 or values.get("accelerate_config")
+    if len(todo) < 2 or shared or values.get("device") == "cpu":
         return [todo]
     from carvana import device  # torch takes seconds, and a run in which nothing has changed needs none
 

@@ -36,6 +36,7 @@ NAME = (
 )
 TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
+FILES = ("exclude", "ensemble", "test_dir", "sample", "accelerate_config")
 PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
     "run_name": NAME,
     "members": NAME,
@@ -44,7 +45,9 @@ PATTERNS = {  # of a text, or of each item of a list, and what is said where it 
     "tracker": (f"({TRACKERS})".replace(", ", "|"), f"is unknown. Choose from: {TRACKERS}"),
     "device": ("auto|cuda|mps|cpu", "is unknown. Choose from: auto, cuda, mps, cpu"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
-    **dict.fromkeys(("exclude", "ensemble", "test_dir", "sample"), (r"[^\0]*", "is no file. Give its path")),
+    **dict.fromkeys(
+        ("exclude", "ensemble", "test_dir", "sample", "accelerate_config"), (r"[^\0]*", "is no file. Give its path")
+    ),
 }
 LISTS = ("members", "init_from", "tta", "tracker")  # which may be empty
 LINE = r"^(\w+) *= *(.*?) *(?:# *(.*))?$"  # of a parameters cell; papermill's own reader takes 2 seconds to import

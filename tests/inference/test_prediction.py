@@ -17,6 +17,7 @@ from carvana.data.images import read_full_image
 from carvana.errors import UserError
 from carvana.inference import Ensemble, EnsembleSpec, Options, predict_probabilities, predict_run_lengths
 from carvana.inference.logits import BlendedLogits
+from carvana.parallel import Processes
 
 
 def predicted(ensemble, images, folder, **options):
@@ -193,39 +194,10 @@ def test_two_processes_write_the_shards_of_one(members, tests, tmp_path):
     torch.set_num_threads(max(1, threads // 2))
     one = predicted(ensemble, tests, tmp_path / "one", shard_size=3)
     torch.set_num_threads(threads)
-    two = predicted(ensemble, tests, tmp_path / "two", shard_size=3, processes=2)
+    two = predicted(ensemble, tests, tmp_path / "two", shard_size=3, processes=Processes(2))
     assert two.drop(columns="part").equals(one.drop(columns="part"))
     for part in sorted((tmp_path / "one").glob("*.csv")):
         assert (tmp_path / "two" / part.name).read_bytes() == part.read_bytes()
-
-
-CLAIMS = """
-    import sys, time
-    from pathlib import Path
-    from carvana.data import Competition, TestSet
-    from carvana.inference import EnsembleSpec, Options
-    from carvana.inference.predict import Claims, Prediction
-    images = Competition(sys.argv[2]).train_images
-    spec, folder = EnsembleSpec.equal([Path(sys.argv[1])], ["none"]), Path(sys.argv[3])
-    whole = Prediction(spec, TestSet(images, images.names), folder, Options(batch_size=4, shard_size=5))
-    claims = Claims(whole, [whole.shards[1]], float("inf"))
-    next(iter(claims))
-    print("claimed", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_shard_that_another_process_works_on_is_left_to_it_and_taken_when_that_is_killed(members, tests, tmp_path):
-    data = str(tests.path.parent)
-    command = [sys.executable, "-c", textwrap.dedent(CLAIMS), str(members[0]), data, str(tmp_path)]
-    ensemble = equal(members[:1])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "claimed\n"
-        table = predicted(ensemble, tests, tmp_path, shard_size=5, max_hours=10 / 3600)
-        other.kill()
-    assert not (tmp_path / "part-00001.csv").exists()
-    assert len(table) == len(tests.names) - 5
-    assert len(predicted(ensemble, tests, tmp_path, shard_size=5)) == len(tests.names)
 
 
 PREDICTS = """

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from carvana.data import Competition
 from carvana.data.images import read_full_image
+from carvana.parallel import Processes
 from carvana.plots import overlays, style
 from carvana.plots import training as live
 from carvana.training import Recipe, Trainer
@@ -130,7 +131,7 @@ def test_training_in_processes_of_its_own_is_watched_from_its_files(shared_compe
     InteractiveShell.instance()
     run = begun(shared_competition, tmp_path / "run", batch_size=2)
     chosen = Recipe.from_parameters(run.parameters())
-    trainer = Trainer(run, Competition(shared_competition), chosen, 0, processes=2)
+    trainer = Trainer(run, Competition(shared_competition), chosen, 0, processes=Processes(2))
     with capture_output() as captured:
         live.train_live(trainer)
     assert snapshot_epochs(trainer.folder) == [0, 1, 2]

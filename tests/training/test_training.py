@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from carvana import models
 from carvana.data.competition import Competition
+from carvana.device import shared_among
 from carvana.errors import UserError
 from carvana.files import project_root
 from carvana.metrics import PixelCounts
-from carvana.parallel import launch
+from carvana.parallel import Processes, launch
 from carvana.profiles import load_profile, with_defaults
 from carvana.training.launch import train
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
@@ -234,7 +235,7 @@ SHARED = """
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 1))
     models.build_network = without_batch_statistics
-    sys.exit(launch.main(sys.argv[1:]))
+    launch.main(*sys.argv[1:])
 """
 
 
@@ -260,7 +261,7 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, t
 def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(shared_competition, tmp_path):
     run = begun(shared_competition, tmp_path / "run", batch_size=2)
     chosen = Recipe.from_parameters(run.parameters())
-    trainer = Trainer(run, Competition(shared_competition), chosen, 0, processes=2)
+    trainer = Trainer(run, Competition(shared_competition), chosen, 0, processes=Processes(2))
     trainer.competition.folder = tmp_path / "nowhere"
     with pytest.raises(UserError, match="nowhere"):
         train(trainer)
@@ -272,7 +273,9 @@ def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(sh
 
 def test_processes_that_share_a_fold_score_the_weights_that_are_saved(shared_competition, tmp_path):
     run = begun(shared_competition, tmp_path / "run", batch_size=2)
-    trainer = Trainer(run, Competition(shared_competition), Recipe.from_parameters(run.parameters()), 0, processes=2)
+    trainer = Trainer(
+        run, Competition(shared_competition), Recipe.from_parameters(run.parameters()), 0, processes=Processes(2)
+    )
     history = train(trainer)
     network = models.load_checkpoint(run.checkpoint(0, "last"))[0]
     dice = trainer.validator.scores(network, trainer.valid_rows).dice
@@ -312,7 +315,7 @@ def test_two_processes_step_every_network_that_is_named(tmp_path, monkeypatch):
     (tmp_path / "steps.py").write_text(textwrap.dedent(STEPS))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     names = [f"{arch}:{encoder}" for arch, encoders in NAMED.items() for encoder in encoders]
-    launch("steps", [Path(__file__).parents[1], *names], 2, lambda: None)
+    launch("steps", [Path(__file__).parents[1], *names], Processes(2))
 
 
 def test_a_second_stage_starts_from_the_weights_of_the_same_fold(shared_competition, tmp_path):
@@ -341,11 +344,22 @@ def test_a_start_that_is_another_network_or_has_seen_the_cars_is_refused(
         trainer_of(shared_competition, tmp_path / "second", fold, **{"init_from": "first"} | changes)
 
 
-def test_several_processes_never_train_on_one_gpu(shared_competition, tmp_path, monkeypatch):
-    monkeypatch.setattr("carvana.device.gpu_count", lambda: 1)
-    run = begun(shared_competition, tmp_path / "run")
+def test_several_processes_never_work_on_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="processes is 2, but there are 1 GPUs"):
-        Trainer(run, Competition(shared_competition), Recipe.from_parameters(run.parameters()), 0, processes=2)
+        shared_among(2)
+    assert shared_among(1) == Processes(1)
+
+
+@pytest.mark.parametrize("text", ["", "num_processes: many", "- 2", "a: ]", "num_processes:"])
+def test_a_file_of_accelerate_config_without_a_number_is_one_line(tmp_path, text):
+    path = tmp_path / "machines.yaml"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^accelerate_config .*machines.yaml gives no num_processes"):
+            shared_among(1, str(path))
+        path.write_text(text)
+    path.write_text("num_processes: 3")
+    assert shared_among(1, str(path)) == Processes(3, str(path))
 
 
 def test_a_device_without_double_precision_is_never_given_any(monkeypatch):

@@ -1,35 +1,36 @@
-"""Run lengths of all images, in whole shards that processes and machines share and that a kill cannot spoil."""
+"""Run lengths of all images, in whole shards that are dealt to processes and that a kill cannot spoil.
 
-import multiprocessing
-import os
+`python -m carvana.inference.predict` is one of several processes.
+"""
+
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from filelock import FileLock, Timeout
+from accelerate import PartialState
 from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic's demand on Python 3.11
 
-from carvana import rle
+from carvana import device, rle
 from carvana.data.competition import TestSet
 from carvana.data.images import Archive, Size
-from carvana.device import use_gpu
 from carvana.errors import UserError
-from carvana.files import fingerprint, read_json, sha256, write_json, write_text
+from carvana.files import fingerprint, locked, read_json, sha256, write_json, write_text
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
-from carvana.parallel import overlapped, progress, sharing
+from carvana.parallel import Processes, exit_code, launch, overlapped, progress
 
+ALONE = Processes()
 SHARD_SIZE = 512  # images a shard: some seconds on a GPU, a minute on a CPU
 
 
@@ -93,27 +94,44 @@ class Options:
     batch_size: int = 8
     workers: int = -1
     max_hours: float = 0.0
-    processes: int = 1
+    processes: Processes = ALONE
     skip_broken: bool = False
     shard_size: int = SHARD_SIZE
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Everything that decides the run lengths of a test set, and the folder of its shards."""
+    """Everything that decides the run lengths of a test set, and the folder of its shards.
+
+    key: changes with what the masks depend on.
+    """
 
     spec: EnsembleSpec
     test: TestSet
     folder: Path
     options: Options
+    key: str
 
-    @cached_property
-    def key(self) -> str:
-        """Changes with what the masks depend on."""
-        spec, images = self.spec, self.test.images
+    @classmethod
+    def of(cls, spec: EnsembleSpec, test: TestSet, folder: Path, options: Options) -> "Prediction":
+        """With its key, for which checkpoints and images are read."""
         hashes = [sha256(path) for path in spec.checkpoints]
         settings = list(spec.weights), list(spec.tta), spec.threshold
-        return fingerprint(hashes, *settings, images.stamp(), self.test.names)
+        return cls(spec, test, folder, options, fingerprint(hashes, *settings, test.images.stamp(), test.names))
+
+    def write_plan(self) -> None:
+        """Write what `read_plan` reads in another process."""
+        facts = {"options": asdict(self.options), "key": self.key, "names": self.test.names}
+        self.spec.write(self.folder / "ensemble.json")
+        write_json(self.folder / "plan.json", facts | {"images": str(self.test.images.path.absolute())})
+
+    @classmethod
+    def read_plan(cls, folder: Path) -> "Prediction":
+        """The prediction into `folder` that another process has planned."""
+        plan: dict[str, Any] = read_json(folder / "plan.json", dict[str, Any])
+        spec, images = EnsembleSpec.read(folder / "ensemble.json"), Archive(plan["images"], ".jpg")
+        options = Options(**plan["options"] | {"processes": Processes(**plan["options"]["processes"])})
+        return cls(spec, TestSet(images, plan["names"]), folder, options, plan["key"])
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -128,15 +146,18 @@ def predict_run_lengths(
 ) -> pd.DataFrame:  # fmt: skip
     """Write run lengths of all images to shards in `folder`; computes only those that are missing.
 
-    Shards are shared with every other process that predicts the same into the same folder. Returns a table of the
-    finished shards' images, as `Shard.table`; shorter than the test set where max_hours ended before the last shard.
+    Returns a table of the finished shards' images, as `Shard.table`; shorter than the test set where max_hours ended
+    before the last shard. Another process that predicts into the same folder is waited for, unless both are machines
+    of one accelerate_config.
     """
-    options = options or Options()
-    prediction = Prediction(ensemble.spec, test, folder, options)
-    deadline = time.time() + options.max_hours * 3600 if options.max_hours else float("inf")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _helpers(prediction, deadline):
-        _work(prediction, ensemble, deadline)
+    prediction = Prediction.of(ensemble.spec, test, folder, options or Options())
+    processes = prediction.options.processes
+    with nullcontext() if processes.config else locked(folder / "prediction.lock", "the prediction"):
+        if processes.count > 1:
+            prediction.write_plan()
+            launch("carvana.inference.predict", [folder], processes)
+        else:
+            _work(prediction, ensemble)
     tables = [shard.table() for shard in prediction.shards if shard.finished(prediction.key)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "unsure", "part"])
 
@@ -151,68 +172,34 @@ def predict_probabilities(
             yield blended.probabilities(size)
 
 
-def _work(prediction: Prediction, ensemble: Ensemble, deadline: float, show: bool = True) -> None:
-    """Take shards that nobody works on until none is missing, or the deadline has passed; at least one is done."""
-    missing, n = prediction.shards, len(prediction.test.names)
-    with progress(None, "predicting", total=n, disable=not show) as bar:
-        while True:
-            missing = [shard for shard in missing if not shard.finished(prediction.key)]
-            bar.update(n - sum(len(shard.rows) for shard in missing) - bar.n)
-            claims = Claims(prediction, missing, deadline)
-            batches = iter(claims)
-            if first := next(batches, None):
-                _finish(claims, ensemble, chain([first], batches), bar)
-            if time.time() > deadline or claims.count == len(missing):
-                return
-            time.sleep(0 if claims.count else 1)  # the others are being done elsewhere, unless that process dies
+def _work(prediction: Prediction, ensemble: Ensemble) -> None:
+    """Write the missing ones of this process's shards until max_hours are over; at least one is done."""
+    options, rank = prediction.options, device.rank()
+    dealt = prediction.shards[rank :: options.processes.count]
+    missing = [shard for shard in dealt if not shard.finished(prediction.key)]
+    ends = time.monotonic() + options.max_hours * 3600 if options.max_hours else float("inf")
+    n, left = (sum(len(shard.rows) for shard in shards) for shards in (dealt, missing))
+    with progress(None, "predicting", total=n, initial=n - left, disable=rank > 0) as bar:
+        _finish(prediction, ensemble, _in_time(missing, options.batch_size, ends), bar)
 
 
-class Claims:
-    """Batches of rows of shards that no other process works on; iterating claims shard after shard.
-
-    A claim is a locked file beside the shard, and the lock ends with its process, however that ends.
-    """
-
-    def __init__(self, prediction: Prediction, missing: list[Shard], deadline: float):
-        self.prediction, self.missing, self.deadline = prediction, missing, deadline
-        self.count, self.locks = 0, dict[Shard, FileLock]()  # of this process
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """A batch never holds rows of two shards."""
-        size = self.prediction.options.batch_size
-        for shard in self.missing:
-            if self.count and time.time() > self.deadline:
-                return
-            if self._claim(shard):
-                self.count += 1
-                yield from (list(shard.rows[first : first + size]) for first in range(0, len(shard.rows), size))
-
-    def _claim(self, shard: Shard) -> bool:
-        self.locks[shard] = FileLock(shard.path.with_suffix(".lock"), blocking=False)
-        try:
-            self.locks[shard].acquire()
-        except Timeout:
-            return False
-        if not shard.finished(self.prediction.key):
-            return True
-        self.release(shard)  # another process has written it in between
-        return False
-
-    def release(self, shard: Shard) -> None:
-        """Let go of a shard that is written."""
-        self.locks.pop(shard).release()
+def _in_time(shards: list[Shard], batch_size: int, ends: float) -> Iterator[list[int]]:
+    """Batches of the rows of one shard after the other, none of two shards, until a shard would begin too late."""
+    for shard in shards:
+        if shard is not shards[0] and time.monotonic() > ends:
+            return
+        yield from (list(shard.rows[first : first + batch_size]) for first in range(0, len(shard.rows), batch_size))
 
 
-def _finish(claims: Claims, ensemble: Ensemble, row_batches: Iterable[list[int]], bar: tqdm) -> None:
+def _finish(prediction: Prediction, ensemble: Ensemble, row_batches: Iterable[list[int]], bar: tqdm) -> None:
     """Predict all rows of the batches and write each shard when its last row is encoded."""
-    prediction, masks = claims.prediction, []
+    masks = []
     for row, mask in overlapped(_encode, _blended(prediction, ensemble, row_batches, bar)):
         masks.append(mask)
         bar.update()
         shard = prediction.shards[row // prediction.options.shard_size]
         if row == shard.rows[-1]:
             shard.write(prediction.key, [prediction.test.names[i] for i in shard.rows], masks)
-            claims.release(shard)
             masks = []
 
 
@@ -244,31 +231,14 @@ def _encode(row: int, logits: BlendedLogits, size: Size, logit_threshold: float)
     return row, PredictedMask(rle.from_edges(edges), area, logits.boundary_uncertainty(logit_threshold))
 
 
-@contextmanager
-def _helpers(prediction: Prediction, deadline: float) -> Iterator[None]:
-    """Further processes that take shards, each on a GPU of its own where there are several; ended with the work."""
-    threads, processes = torch.get_num_threads(), prediction.options.processes
-    each = max(1, threads // processes)
-    torch.set_num_threads(each)
-    spawn = multiprocessing.get_context("spawn").Process
-    started = [spawn(target=_help, args=(prediction, number, each, deadline)) for number in range(1, processes)]
-    try:
-        with sharing(processes):
-            for process in started:
-                process.start()
-            yield
-    finally:
-        for process in started:
-            process.terminate()
-            process.join()
-        torch.set_num_threads(threads)
+def main(folder: str) -> None:
+    """Predict the shards of a planned prediction that fall to this one of its processes, then wait for the others."""
+    group = PartialState(cpu=True, timeout=timedelta(days=30))  # no device is needed to wait
+    device.use_gpu(group.local_process_index)
+    prediction = Prediction.read_plan(Path(folder))
+    _work(prediction, Ensemble(prediction.spec))
+    group.wait_for_everyone()
 
 
-def _help(prediction: Prediction, number: int, threads: int, deadline: float) -> None:
-    torch.set_num_threads(threads)
-    use_gpu(number)
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        _work(prediction, Ensemble(prediction.spec), deadline, show=False)
-    except UserError:  # the first process meets it as well, and says it
-        return
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(sys.argv[1])))

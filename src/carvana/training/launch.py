@@ -3,10 +3,8 @@
 `python -m carvana.training.launch` is one of these processes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -14,7 +12,7 @@ import torch
 from carvana.data.competition import Competition
 from carvana.device import connected, process_count
 from carvana.errors import UserError
-from carvana.parallel import launch
+from carvana.parallel import Processes, exit_code, launch
 from carvana.run import Run
 from carvana.training.recipe import Recipe
 from carvana.training.trainer import Trainer
@@ -34,9 +32,8 @@ def train(
         split = {"n_folds": int(numbers.max()) + 1, "holdout_cars": int((numbers < 0).sum())}
         run.write_start(vars(trainer.recipe) | trainer.competition.parameters | split, trainer.source.key)
     try:
-        if trainer.processes > 1 and not connected():
-            options = ["--max-hours", max_hours, "--workers", workers]
-            arguments = [run.runs_dir, run.name, trainer.fold, *options]
+        if trainer.processes.count > 1 and not connected():
+            arguments = [run.runs_dir, run.name, trainer.fold, max_hours, workers]
             launch("carvana.training.launch", arguments, trainer.processes, on_epoch)
             state.resume()
         else:
@@ -47,26 +44,14 @@ def train(
     return trainer.history
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train a fold of a run that has begun, as one of the processes that share it; 0 when done."""
-    parser = argparse.ArgumentParser("carvana.training.launch", description=main.__doc__)
-    parser.add_argument("runs_dir", type=Path)
-    parser.add_argument("run_name")
-    parser.add_argument("fold", type=int)
-    parser.add_argument("--max-hours", type=float, default=0.0)
-    parser.add_argument("--workers", type=int, default=-1)
-    options = parser.parse_args(arguments)
-    run = Run(options.runs_dir, options.run_name)
-    try:
-        parameters = run.parameters()
-        competition = Competition(*(parameters[name] for name in ("data_dir", "hq", "exclude")))
-        recipe = Recipe.from_parameters(parameters)
-        train(Trainer(run, competition, recipe, options.fold, process_count()), options.max_hours, options.workers)
-    except UserError as error:
-        print(f"carvana: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+def main(runs_dir: str, run_name: str, fold: str, max_hours: str = "0", workers: str = "-1") -> None:
+    """Train a fold of a run that has begun, as one of the processes that share it."""
+    run = Run(runs_dir, run_name)
+    parameters = run.parameters()
+    competition = Competition(*(parameters[name] for name in ("data_dir", "hq", "exclude")))
+    trainer = Trainer(run, competition, Recipe.from_parameters(parameters), int(fold), Processes(process_count()))
+    train(trainer, float(max_hours), int(workers))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(lambda: main(*sys.argv[1:])))

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from carvana.data.competition import Competition
 from carvana.data.dataset import TrainDataset, batches, training_samples
-from carvana.device import check_processes, use_gpu, worker_count
+from carvana.device import use_gpu, worker_count
 from carvana.errors import UserError
 from carvana.files import fingerprint, sha256, write_text
 from carvana.models import save_checkpoint
-from carvana.parallel import progress
+from carvana.parallel import Processes, progress
 from carvana.run import Run
 from carvana.training.recipe import Recipe
 from carvana.training.state import Snapshot, TrainState, write_snapshot
@@ -26,6 +26,7 @@ from carvana.training.validation import Validator
 READ_EVERY = 20  # steps between two looks at the losses: a look makes the device wait
 SAVE_MINUTES = 5  # what a kill can cost
 PREVIEWS = 4  # images whose logits are kept after every epoch, so that one sees their edges get sharp
+ALONE = Processes()
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images, targets, rows of the samples
 
 
@@ -35,7 +36,7 @@ class Trainer:
     processes: how many share the fold, each with a device of its own and `recipe.batch_size` images a step.
     """
 
-    def __init__(self, run: Run, competition: Competition, recipe: Recipe, fold: int, processes: int = 1):
+    def __init__(self, run: Run, competition: Competition, recipe: Recipe, fold: int, processes: Processes = ALONE):
         self.run, self.competition, self.recipe, self.fold, self.processes = run, competition, recipe, fold, processes
         self.folder, self.samples, self.folds = run.fold_dir(fold), competition.samples, run.folds()
         if not 0 <= fold <= self.folds["fold"].max():
@@ -45,19 +46,18 @@ class Trainer:
         self.valid_rows = np.flatnonzero(fold_of == fold)
         self.preview_rows = self.valid_rows[np.unique(np.linspace(0, len(self.valid_rows) - 1, PREVIEWS).astype(int))]
         self.source = training_samples(competition, recipe.height, recipe.width, run.cache_dir)
-        group_size = recipe.accumulate * processes
+        group_size = recipe.accumulate * processes.count
         keys = batches(len(self.train_rows), recipe.batch_size, group_size, recipe.epochs, recipe.seed)
         start = self._start()
         hashes = [sha256(start)] if start else []
-        data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes, *hashes)
+        data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes.count, *hashes)
         self.best_exists = run.checkpoint(fold).exists()  # as all processes see it before one of them writes
-        check_processes(processes)
         use_gpu(fold)
-        self.state = TrainState(recipe, fold, len(keys) // processes, data, self.folder / "state.pt")
+        self.state = TrainState(recipe, fold, len(keys) // processes.count, data, self.folder / "state.pt")
         if start and not self.state.history:
             self.state.start_from(start)
         self.rank = self.state.accelerator.process_index
-        self.batch_keys = keys[self.rank :: processes]
+        self.batch_keys = keys[self.rank :: processes.count]
         self.steps_per_epoch = self.state.total_steps // recipe.epochs
         self.validator = Validator(self.samples, self.source, recipe.batch_size, self.state.accelerator)
         self.measured_from, self.speed = (self.state.step, self.state.seconds), math.nan  # images/s
@@ -119,7 +119,7 @@ class Trainer:
     def save_snapshot(self) -> None:
         """Keep what one wants to see of an epoch that has just ended, before anything is validated."""
         state, (step, seconds) = self.state, self.measured_from
-        trained = (state.step - step) * self.recipe.batch_size * self.processes
+        trained = (state.step - step) * self.recipe.batch_size * self.processes.count
         self.speed = trained / (state.seconds - seconds) if trained else math.nan
         self.measured_from = state.step, state.seconds
         if self.rank:
@@ -140,7 +140,7 @@ class Trainer:
         best = max(row["dice"] for row in state.history) if self.best_exists else -1.0
         self.best_exists = True
         row: dict[str, float] = {"epoch": state.step // self.steps_per_epoch, "step": state.step}
-        row |= {"images_seen": state.step * self.recipe.batch_size * self.processes, "images_scored": len(rows)}
+        row |= {"images_seen": state.step * self.recipe.batch_size * self.processes.count, "images_scored": len(rows)}
         row |= {"seconds": round(state.seconds, 1), "speed": round(self.speed, 2), "lr": state.lr}
         row |= {"loss": float(np.mean(state.losses)) if state.losses else math.nan} | scores._asdict()
         state.history, state.losses = [*state.history, row], []
@@ -168,7 +168,7 @@ class Trainer:
 
     def _progress(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
         """The loader under a progress bar that counts images."""
-        state, size = self.state, self.recipe.batch_size * self.processes
+        state, size = self.state, self.recipe.batch_size * self.processes.count
         options = {"total": state.total_steps * size, "initial": state.step * size, "disable": self.rank > 0}
         with progress(None, f"training {self.folder.name}", **options) as bar:
             for batch in loader:
@@ -179,7 +179,7 @@ class Trainer:
     def _due(self, time_is_up: bool, saved: float) -> list[bool]:
         """Whether to stop, and whether to save: the first process decides for all, since their clocks differ."""
         state = self.state
-        if not state.accelerator.sync_gradients or (self.processes > 1 and state.step % READ_EVERY):
+        if not state.accelerator.sync_gradients or (self.processes.count > 1 and state.step % READ_EVERY):
             return [False, False]
         return broadcast_object_list([time_is_up, time.monotonic() - saved > SAVE_MINUTES * 60])
 
