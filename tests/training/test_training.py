@@ -305,9 +305,11 @@ STEPS = """
         assert loss.isfinite() and sums.isfinite().all()
         everywhere = state.accelerator.gather(sums[None])
         assert len(everywhere) == 2 and torch.equal(everywhere[0], everywhere[1]), name
+    state.accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_step_every_network_that_is_named(tmp_path, monkeypatch):
     for path in (project_root() / "profiles").glob("*.yaml"):
         values = with_defaults(load_profile(path))

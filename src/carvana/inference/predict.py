@@ -238,6 +238,7 @@ def main(folder: str) -> None:
     prediction = Prediction.read_plan(Path(folder))
     _work(prediction, Ensemble(prediction.spec))
     group.wait_for_everyone()
+    group.destroy_process_group()
 
 
 if __name__ == "__main__":

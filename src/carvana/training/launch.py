@@ -51,6 +51,7 @@ def main(runs_dir: str, run_name: str, fold: str, max_hours: str = "0", workers:
     competition = Competition(*(parameters[name] for name in ("data_dir", "hq", "exclude")))
     trainer = Trainer(run, competition, Recipe.from_parameters(parameters), int(fold), Processes(process_count()))
     train(trainer, float(max_hours), int(workers))
+    trainer.state.accelerator.end_training()  # a connection that is still open at the end may abort the process
 
 
 if __name__ == "__main__":
