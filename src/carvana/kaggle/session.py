@@ -15,7 +15,7 @@ import requests
 
 from carvana.errors import UserError
 from carvana.files import read_json, resolve, write_json
-from carvana.kaggle.client import PAGE_SIZE, PAGES, call, paced, sign_in, with_retries
+from carvana.kaggle.client import PAGE_SIZE, PAGES, TIMEOUT, call, paced, sign_in, with_retries
 from carvana.kaggle.credentials import scrub
 from carvana.kaggle.kernels import NOTE, kernel_state, push, running
 
@@ -147,7 +147,7 @@ def _receive(url: str, path: Path) -> None:
     """One file, under its name only when it is whole."""
     part = path.with_name(f".{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with requests.get(url, stream=True) as response, part.open("wb") as file:
+    with requests.get(url, stream=True, timeout=TIMEOUT) as response, part.open("wb") as file:
         response.raise_for_status()
         if "html" in response.headers.get("Content-Type", "") and path.suffix != ".html":
             raise ValueError("a page arrived instead of the file")
