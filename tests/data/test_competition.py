@@ -298,18 +298,20 @@ def test_a_damaged_gif_is_named(competition, content):
 
 def test_a_stamp_is_of_contents_alone(competition, tmp_path):
     folder = competition / "train"
-    stamp = images.Archive(folder, ".jpg").stamp()
+    names = sorted(path.name for path in folder.iterdir())
+    stamp = images.Archive(folder, ".jpg").stamp(names)
     moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)  # with other times
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as packed:
         for file in folder.iterdir():
             packed.write(file, f"train/{file.name}")
-    assert images.Archive(moved, ".jpg").stamp() == images.Archive(tmp_path / "x.zip", ".jpg").stamp() == stamp
-    changed = folder / "000000000001_01.jpg"
+    assert images.Archive(moved, ".jpg").stamp(names) == images.Archive(tmp_path / "x.zip", ".jpg").stamp(names) == stamp
+    changed = folder / names[0]
     data, times = bytearray(changed.read_bytes()), changed.stat()
     data[len(data) // 2] ^= 1
     changed.write_bytes(data)
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert images.Archive(folder, ".jpg").stamp() != stamp
+    assert images.Archive(folder, ".jpg").stamp(names)[0] != stamp[0]
+    assert images.Archive(folder, ".jpg").stamp(names[1:]) == stamp[1:]
 
 
 def test_a_zip_packed_in_a_rare_way_is_read_and_a_damaged_one_named(competition):

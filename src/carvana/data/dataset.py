@@ -37,7 +37,7 @@ class DecodedSamples(Dataset[Item]):
         self.images, self.height, self.width = images, height, width
         self.samples: list[Any] = list(samples.itertuples())
         names, masks = samples["img"].tolist(), samples["rle"].tolist()
-        self.key = f"{height}x{width}-{fingerprint(images.stamp(), names, masks, LAYOUT)}"
+        self.key = f"{height}x{width}-{fingerprint(images.stamp(names), masks, LAYOUT)}"
 
     def __len__(self) -> int:
         """Number of samples."""

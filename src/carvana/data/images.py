@@ -4,6 +4,7 @@ import io
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,12 @@ class Archive:
         """A copy for another process opens the zip itself."""
         return self.__dict__ | {"_opened": None}
 
-    def stamp(self) -> list[Any]:
-        """Name, size and CRC-32 of every file: what changes when contents change, and only then, wherever they lie."""
+    def stamp(self, names: Iterable[str]) -> list[Any]:
+        """Name, size and CRC-32 of these files: what changes when contents change, and only then, wherever they lie."""
         if self.path.is_file():
             infos = {info.filename: info for info in self._zip().infolist()}
-            return [[name, infos[self.members[name]].file_size, infos[self.members[name]].CRC] for name in self.names]
-        return list(overlapped(self._sum, ((name,) for name in self.names)))
+            return [[name, infos[self.members[name]].file_size, infos[self.members[name]].CRC] for name in names]
+        return list(overlapped(self._sum, ((name,) for name in names)))
 
     def _sum(self, name: str) -> list[Any]:
         data = self.read(name)

@@ -60,7 +60,8 @@ class FoldScorer:
         names = [run.name for run in self.runs], self.folds
         truth, settings = samples[["img", "rle"]].to_numpy().tolist(), (THRESHOLDS, MAP, CONFIDENCE, PATCH)
         hashes = [sha256(path) for path in self.checkpoints]
-        key = fingerprint(hashes, names, self.tta, truth, competition.train_images.stamp(), settings)
+        images = competition.train_images.stamp(samples["img"])
+        key = fingerprint(hashes, names, self.tta, truth, images, settings)
         folder = self.runs[0].fold_dir(self.fold)
         path, errors = folder / f"scores-{key}.csv", folder / f"errors-{key}.npz"
         if kept := _read_kept(path, errors):

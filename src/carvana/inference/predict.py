@@ -117,7 +117,7 @@ class Prediction:
         """With its key, for which checkpoints and images are read."""
         hashes = [sha256(path) for path in spec.checkpoints]
         settings = list(spec.weights), list(spec.tta), spec.threshold
-        return cls(spec, test, folder, options, fingerprint(hashes, *settings, test.images.stamp(), test.names))
+        return cls(spec, test, folder, options, fingerprint(hashes, *settings, test.images.stamp(test.names)))
 
     def write_plan(self) -> None:
         """Write what `read_plan` reads in another process."""
