@@ -20,6 +20,7 @@ from common import RESULTS, machine, recipe_of, tame_allocator, trainer_in
 from timm.optim import create_optimizer_v2
 
 from carvana.data import Competition
+from carvana.device import precision
 from carvana.files import write_text
 from carvana.metrics import dice, error_shares, mean_over_cars
 from carvana.models import SegmentationModel
@@ -164,7 +165,7 @@ def stepper(recipe: Recipe):
     targets = torch.rand(images.shape[:3])
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16"):
             logits = model(images)
         loss_of(logits, targets).backward()
         optimizer.step()
