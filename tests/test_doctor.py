@@ -99,3 +99,11 @@ def test_encoder_weights_of_the_hub_are_found_in_its_cache(machine, monkeypatch,
 def test_the_requirements_that_are_compared_are_the_packages_own(machine):
     assert lines(machine)["packages"][0] == "ok"
     assert any(need.startswith("torch") for need in metadata.requires("carvana"))
+
+
+def test_a_gpu_that_the_profile_wants_and_that_is_not_there_is_a_stop(machine, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    machine.write_text(machine.read_text() + "device: cuda\n")
+    state, seen = lines(machine)["device"]
+    assert state == "STOP"
+    assert "device is cuda, but" in seen and "-p device cpu" in seen

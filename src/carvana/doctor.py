@@ -35,7 +35,7 @@ def examine(profile: Path | None = None) -> Iterator[tuple[str, str, str]]:
         return f"{profile or 'defaults'}, run {values['run_name']}"
 
     checks: dict[str, Callable[[], str]] = {"profile": parameters, "Python": _python, "packages": _packages}
-    checks |= {"device": _device, "cores": lambda: f"{cores()}", "memory": _memory}
+    checks |= {"device": lambda: _device(values), "cores": lambda: f"{cores()}", "memory": _memory}
     checks |= {"disk": lambda: _disk(values), SHARED_MEMORY: _shared_memory, "credentials": _credentials}
     checks |= {"data": lambda: _data(values), "weights": lambda: _weights(values)}
     for name, check in checks.items():
@@ -87,9 +87,10 @@ def _unfit_version(need: Requirement) -> str | None:
     return None if need.specifier.contains(version, prereleases=True) else version
 
 
-def _device() -> str:
-    from carvana.device import best, precision  # torch takes seconds
+def _device(values: Values) -> str:
+    from carvana.device import best, check_device, precision  # torch takes seconds
 
+    check_device(values.get("device", "auto"))
     seen = f"{best()}, precision {precision('auto').replace('no', 'float32')}"
     advice = "Real images take hours on it. Is there a GPU? Then look at its driver: nvidia-smi"
     return _noted(seen, best().type == "cpu", advice)
