@@ -346,6 +346,16 @@ def test_a_start_that_is_another_network_or_has_seen_the_cars_is_refused(
         trainer_of(shared_competition, tmp_path / "second", fold, **{"init_from": "first"} | changes)
 
 
+def test_a_batch_that_cannot_fit_into_memory_is_refused_before_any_work(shared_competition, tmp_path, monkeypatch):
+    free = 4 * 96 * 128 * 300
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    with pytest.raises(UserError, match=r"batch_size 5 needs more than 0 GB.* Lower batch_size"):
+        trainer_of(shared_competition, tmp_path / "run", batch_size=5)
+    assert not (tmp_path / "run" / "fold0").exists() and not (tmp_path / "cache").exists()
+    recipe(batch_size=4).check_memory()
+    recipe(batch_size=8, crop_height=96, crop_width=64).check_memory()
+
+
 def test_several_processes_never_work_on_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="processes is 2, but there are 1 GPUs"):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
+import psutil
 from timm.optim import list_optimizers
 
 from carvana.data.dataset import Augmentation
-from carvana.device import precision
+from carvana.device import best, precision
 from carvana.errors import UserError, did_you_mean
 from carvana.grid import STRIDE
 from carvana.models import ModelConfig, check_names, check_weights
@@ -16,6 +17,7 @@ from carvana.profiles import check
 from carvana.training.losses import loss_named
 
 SCHEDULES = ("cosine", "onecycle", "plateau", "constant")
+BYTES_A_PIXEL = 300  # of a batch in a training step: a third of the least that was measured (profiles/README.md)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ class Recipe:
             hint = did_you_mean(recipe.optimizer, list_optimizers())
             raise UserError(f'optimizer "{recipe.optimizer}" is unknown{hint} Any name of timm will do.')
         return recipe
+
+    def check_memory(self) -> None:
+        """UserError where a training step on the CPU cannot fit into the memory that is free."""
+        size = (self.crop_height or self.height) * (self.crop_width or self.width)
+        need, free = self.batch_size * size * BYTES_A_PIXEL, psutil.virtual_memory().available
+        if best().type == "cpu" and need > free:
+            needed = f"A step of batch_size {self.batch_size} needs more than {need / 1e9:.0f} GB"
+            advice = "Lower batch_size and raise accumulate by as much, or lower the size."
+            raise UserError(f"{needed}, and {free / 1e9:.0f} GB are free. {advice}")
 
     def _check_crop(self) -> None:
         crop = self.crop_height, self.crop_width

@@ -41,6 +41,7 @@ class Trainer:
         self.folder, self.samples, self.folds = run.fold_dir(fold), competition.samples, run.folds()
         if not 0 <= fold <= self.folds["fold"].max():
             raise UserError(f"fold is {fold}, but the run has the folds 0 to {self.folds['fold'].max()}.")
+        recipe.check_memory()
         fold_of = self.samples["car"].map(self.folds.set_index("car")["fold"])
         self.train_rows = np.flatnonzero((fold_of != fold) & (fold_of >= 0))
         self.valid_rows = np.flatnonzero(fold_of == fold)
