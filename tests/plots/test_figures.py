@@ -126,7 +126,7 @@ def test_odd_masks_show_one_row_for_each_kind(archive, samples):
 def test_fold_balance_counts_held_out_cars_apart(samples):
     folds = pd.DataFrame({"car": ["a", "b"], "fold": [-1, 0]})
     (ax,) = draw(plots.fold_balance(samples, folds)).axes
-    assert title(ax) == "Folds hold 16 to 16 images; mean areas are 4.2% to 16.7%"
+    assert title(ax) == "Folds hold 16 images; mean areas are 4.2% to 16.7%"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["held out (1)", "fold 0 (1)"]
     assert [line.get_xdata().tolist() for line in ax.lines] == [[pytest.approx(1 / 24)], [pytest.approx(1 / 6)]]
     assert ax.lines[0].get_color() == style.HOLDOUT_COLOUR

@@ -135,7 +135,8 @@ def fold_balance(samples: pd.DataFrame, folds: pd.DataFrame) -> Figure:
     groups = cars.index.to_series().map(fold_of).map(names)
     sizes = samples["car"].map(fold_of).value_counts().drop(HOLDOUT, errors="ignore")
     means = cars.groupby(groups).mean()
-    text = f"Folds hold {sizes.min()} to {sizes.max()} images; mean areas are {means.min():.1%} to {means.max():.1%}"
+    held = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
+    text = f"Folds hold {held} images; mean areas are {means.min():.1%} to {means.max():.1%}"
     return _strips(cars, groups, {name: style.fold_colour(fold) for fold, name in names.items()}, text)
 
 
