@@ -146,6 +146,29 @@ def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, name, damag
         assert run.note("steps") == {}  # found anew
 
 
+WRONG = {
+    "run": [{"parameters": [1]}, {"parameters": "x"}, {"parameters": None}],
+    "submission": [{"path": "x", "rows": 4, "true_dice": "high"}, {"path": 3, "rows": 4}, {"path": "x", "rows": "4"}],
+}
+
+
+@pytest.mark.parametrize(("name", "facts"), [(name, facts) for name in WRONG for facts in WRONG[name]])
+def test_a_note_whose_values_are_of_another_type_is_one_line(tmp_path, name, facts):
+    run = whole(tmp_path)
+    run.write_note(name, facts)
+    for read in READERS[f"{name}.json"]:
+        with pytest.raises(UserError, match=f"{name}.json cannot be read as JSON: ") as error:
+            read(run)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", [{}, {"key": "k"}, {"key": 1, "seconds": 1.0}, {"key": "k", "seconds": "1"}])
+def test_steps_that_say_no_time_are_found_anew(tmp_path, step):
+    run = whole(tmp_path)
+    run.write_note("steps", {"01_download": step})
+    assert run.note("steps") == {}
+
+
 CELLS = [(name, column) for name, row in TABLES.items() for column in row]
 FREE = ("quality.csv", "exclude"), ("fold0/history.csv", "loss")  # what a person marks, and what may be nan
 

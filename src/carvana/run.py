@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import pandas as pd
 from pydantic import Field
@@ -41,6 +41,25 @@ class EnsembleNote(TypedDict):
     members: Annotated[list[Member], Field(min_length=1)]
     views: Annotated[list[Annotated[str, Field(pattern=f"^({TTA})$")]], Field(min_length=1)]
     threshold: Annotated[float, Field(gt=0, lt=1)]
+
+
+class StepNote(TypedDict):
+    """What steps.json holds of a step."""
+
+    key: NotRequired[str]
+    seconds: float
+
+
+class Facts(TypedDict, total=False):
+    """What run.json (parameters) and submission.json hold; more may stand there."""
+
+    parameters: dict[str, Any]
+    path: str
+    rows: int
+    true_dice: float
+
+
+NOTES: dict[str, Any] = {"steps": dict[str, StepNote], "submission": Facts, "run": Facts}
 
 
 class Run:
@@ -189,7 +208,7 @@ class Run:
         """
         path = self.folder / f"{name}.json"
         try:
-            note = read_json(path, dict[str, dict[str, Any]] if name == "steps" else dict[str, Any])
+            note = read_json(path, NOTES.get(name, dict[str, Any]))
         except UserError:
             if path.exists() and name != "steps":
                 raise
