@@ -131,14 +131,14 @@ def _kernel_push(options: argparse.Namespace) -> None:
     if options.wait:
         from carvana.kaggle.session import push_and_wait
 
-        return push_and_wait(options.folder, options.resume, options.runs_dir)
+        push_and_wait(options.folder, options.resume, options.runs_dir)
+        return
     from carvana.kaggle.kernels import push
 
     kernel = push(options.folder, options.resume)
     name = kernel.rpartition("/")[0]
     print(f"{kernel} runs on Kaggle. Follow it and fetch its files with:")
     print(f"  carvana kernel push {options.folder} --wait\nor: kaggle kernels output {name} -p output")
-    return None
 
 
 def _ledger(options: argparse.Namespace) -> None:

@@ -11,12 +11,12 @@ import yaml
 
 from carvana.errors import UserError
 from carvana.files import resolve
-from carvana.parallel import Processes, cores
+from carvana.parallel import SHARED_MEMORY, Processes, cores
 from carvana.profiles import check
 
 PRECISIONS = ("no", "fp16", "bf16", "auto")
 CHOICE = "CARVANA_DEVICE"  # environment variable with the parameter `device`: started processes inherit it
-DRIVERS, SHARED_MEMORY = Path("/dev"), "/dev/shm"
+DRIVERS = Path("/dev")
 
 
 def use_device(name: str, number: int = 0) -> torch.device:

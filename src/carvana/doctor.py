@@ -15,10 +15,10 @@ from carvana.data.competition import Competition
 from carvana.errors import UserError
 from carvana.files import resolve
 from carvana.kaggle.credentials import credentials_source, scrub
-from carvana.parallel import cores
+from carvana.kaggle.inside import unfit_version
+from carvana.parallel import SHARED_MEMORY, cores
 from carvana.profiles import Values, load_profile, with_defaults
 
-SHARED_MEMORY = "/dev/shm"
 CACHE, RESERVE = 2_500_000, 2 << 30  # bytes of disk for the samples of an image, and for all else of a run
 
 
@@ -72,19 +72,10 @@ def _packages() -> str:
 
     wanted = [Requirement(line) for line in metadata.requires("carvana") or ()] if _distributed() else []
     wanted = [need for need in wanted if not need.marker]  # else it is for the tests
-    unfit = [f"{need} ({there or 'absent'})" for need in wanted if (there := _unfit_version(need)) is not None]
+    unfit = [f"{need} ({there or 'absent'})" for need in wanted if (there := unfit_version(need)) is not None]
     if unfit:
         raise UserError(f"{', '.join(unfit)}. Install what is needed: make setup, or pip install -r requirements.txt")
     return f"torch {torch.__version__}, and {len(wanted)} that are needed fit"
-
-
-def _unfit_version(need: Requirement) -> str | None:
-    """The version that is installed where it does not do, "" where there is none, None where it does."""
-    try:
-        version = metadata.version(need.name)
-    except metadata.PackageNotFoundError:
-        return ""
-    return None if need.specifier.contains(version, prereleases=True) else version
 
 
 def _device(values: Values) -> str:

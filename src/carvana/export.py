@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import segmentation_models_pytorch as smp
-import timm
 import torch
 from torch import nn
 
@@ -19,7 +18,7 @@ from carvana.errors import UserError
 from carvana.files import atomic, need_space, sha256, write_text
 from carvana.inference.ensemble import EnsembleSpec, tta_logits
 from carvana.metrics import score_over_cars
-from carvana.models import load_checkpoint
+from carvana.models import load_checkpoint, pretrained_config
 from carvana.run import Run
 
 Predict: TypeAlias = Callable[[np.ndarray], np.ndarray]  # (B, h, w, 3) uint8 -> probabilities (B, h, w) float32
@@ -164,7 +163,7 @@ def _compare(blend: Blend, predict: Predict | None, kind: str, images: np.ndarra
 def _facts(run: Run, blend: Blend) -> dict[str, Any]:
     """What the card says of the run; a checkpoint that has left its run says less."""
     spec, note, dice = blend.spec, run.note("run"), "not scored by 04_evaluate"
-    parameters, name = note.get("parameters", {}), blend.config.encoder.removeprefix("tu-").removeprefix("timm-")
+    parameters = note.get("parameters", {})
     if run.has_scores:
         scores = run.scores()
         mean, low, high = score_over_cars(scores["dice"], scores["car"])
@@ -175,7 +174,7 @@ def _facts(run: Run, blend: Blend) -> dict[str, Any]:
     weights = zip(spec.weights, spec.checkpoints, strict=True)
     listed = ", ".join(f"{path.parent.name} ({weight:.3g}, sha256 {sha256(path)[:12]})" for weight, path in weights)
     versions = note.get("versions", {}) | {name: metadata.version(name) for name in ("carvana", "torch")}
-    first = timm.get_pretrained_cfg(name) if parameters.get("encoder_weights") and timm.is_model(name) else None
+    first = pretrained_config(blend.config.encoder) if parameters.get("encoder_weights") else None
     return {
         "run": run.name, "threshold": spec.threshold, "dice": dice, **vars(blend.config),
         "checkpoints": f"{listed}; tta {', '.join(spec.tta)}",

@@ -119,10 +119,15 @@ def _channels(text: str) -> tuple[int, ...]:
         raise UserError(f'decoder_channels is "{text}"; give widths such as "128,64,32,16,8", or "".') from error
 
 
-def _mean_and_std(encoder: str) -> tuple[tuple, tuple]:
-    """The input scaling that the encoder's ImageNet weights were trained with, as timm knows it (no network needed)."""
+def pretrained_config(encoder: str) -> Any:
+    """What timm knows of an encoder's ImageNet weights (no network needed); None where it does not know the encoder."""
     name = encoder.removeprefix("timm-").removeprefix("tu-")
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+
+
+def _mean_and_std(encoder: str) -> tuple[tuple, tuple]:
+    """The input scaling that the encoder's ImageNet weights were trained with."""
+    config = pretrained_config(encoder)
     return (config.mean, config.std) if config else IMAGENET
 
 

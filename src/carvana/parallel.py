@@ -19,6 +19,7 @@ from carvana.errors import UserError
 
 Result = TypeVar("Result")
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # what a container may use: microseconds of work, of how many; or "max"
+SHARED_MEMORY = "/dev/shm"  # through which worker processes hand over batches
 SHARING = "LOCAL_WORLD_SIZE"  # torch's environment variable: processes of this machine that work at the same time
 
 
@@ -82,6 +83,9 @@ class Processes:
 
     count: int = 1
     config: str = ""
+
+
+ALONE = Processes()
 
 
 def exit_code(work: Callable[[], object]) -> int:

@@ -45,9 +45,7 @@ PATTERNS = {  # of a text, or of each item of a list, and what is said where it 
     "tracker": (f"({TRACKERS})".replace(", ", "|"), f"is unknown. Choose from: {TRACKERS}"),
     "device": ("auto|cuda|mps|cpu", "is unknown. Choose from: auto, cuda, mps, cpu"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
-    **dict.fromkeys(
-        ("exclude", "ensemble", "test_dir", "sample", "accelerate_config"), (r"[^\0]*", "is no file. Give its path")
-    ),
+    **dict.fromkeys(FILES, (r"[^\0]*", "is no file. Give its path")),
 }
 LISTS = ("members", "init_from", "tta", "tracker")  # which may be empty
 LINE = r"^(\w+) *= *(.*?) *(?:# *(.*))?$"  # of a parameters cell; papermill's own reader takes 2 seconds to import

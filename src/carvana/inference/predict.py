@@ -28,9 +28,8 @@ from carvana.files import fingerprint, locked, read_json, sha256, write_json, wr
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
-from carvana.parallel import Processes, exit_code, launch, overlapped, progress
+from carvana.parallel import ALONE, Processes, exit_code, launch, overlapped, progress
 
-ALONE = Processes()
 SHARD_SIZE = 512  # images a shard: some seconds on a GPU, a minute on a CPU
 
 

@@ -31,7 +31,7 @@ def install(suite: Path, dataset: Path) -> list[str]:
 
     suite: the unpacked suite.zip. dataset: folder of the wheels. Needs nothing but pip and packaging.
     """
-    lacking = [str(wanted) for wanted in requirements(suite / "requirements.txt") if not _is_there(wanted)]
+    lacking = [str(wanted) for wanted in requirements(suite / "requirements.txt") if unfit_version(wanted) is not None]
     modules = metadata.packages_distributions().items() if lacking else ()
     imported = {name for module, names in modules if module in sys.modules for name in names}
     if spoilt := [wanted for wanted in lacking if Requirement(wanted).name in imported]:
@@ -47,11 +47,13 @@ def install(suite: Path, dataset: Path) -> list[str]:
     return lacking
 
 
-def _is_there(wanted: Requirement) -> bool:
+def unfit_version(need: Requirement) -> str | None:
+    """The version that is installed where it does not do, "" where there is none, None where it does."""
     try:
-        return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+        version = metadata.version(need.name)
     except metadata.PackageNotFoundError:
-        return False
+        return ""
+    return None if need.specifier.contains(version, prereleases=True) else version
 
 
 def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ from carvana.device import use_gpu, worker_count
 from carvana.errors import UserError
 from carvana.files import fingerprint, sha256, write_text
 from carvana.models import save_checkpoint
-from carvana.parallel import Processes, progress
+from carvana.parallel import ALONE, Processes, progress
 from carvana.run import Run
 from carvana.training.recipe import Recipe
 from carvana.training.state import Snapshot, TrainState, write_snapshot
@@ -26,7 +26,6 @@ from carvana.training.validation import Validator
 READ_EVERY = 20  # steps between two looks at the losses: a look makes the device wait
 SAVE_MINUTES = 5  # what a kill can cost
 PREVIEWS = 4  # images whose logits are kept after every epoch, so that one sees their edges get sharp
-ALONE = Processes()
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images, targets, rows of the samples
 
 
