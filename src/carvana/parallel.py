@@ -93,7 +93,7 @@ def exit_code(work: Callable[[], object]) -> int:
     try:
         work()
     except UserError as error:
-        print(f"carvana: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"carvana: {error}\n")  # at once: lines of processes that fail together must not mix
         return 1
     return 0
 
