@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from common import RESULTS, machine, recipe_of, tame_allocator, trainer_in
-from timm.optim import create_optimizer_v2
 
 from carvana.data import Competition
 from carvana.device import precision
@@ -28,6 +27,7 @@ from carvana.run import Run
 from carvana.training.launch import train
 from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe, size_at
+from carvana.training.state import optimizer_of
 
 # What all arms share, whatever the profile has learnt from them since.
 SHARED = {
@@ -159,8 +159,7 @@ def pixels(recipe: Recipe) -> float:
 
 def stepper(recipe: Recipe):
     model, loss_of = SegmentationModel(recipe.model_config).train(), loss_named(recipe.loss)
-    fused = {"fused": True} if recipe.optimizer == "adamw" else {}
-    optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **fused)
+    optimizer = optimizer_of(model, recipe)
     images = torch.zeros(recipe.batch_size, recipe.height, recipe.width, 3, dtype=torch.uint8)
     targets = torch.rand(images.shape[:3])
 
