@@ -45,8 +45,13 @@ def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_compet
     assert costs["base"] > 0
     assert len(arm["dice"]) == len(arm["cars"]) == 4
     monkeypatch.setattr(script, "ARM_RESULTS", tmp_path)
-    (tmp_path / "base.json").write_text(json.dumps(arm | {"cost": 1.0, "steps": 2}))
-    assert "| base | AdamW" in script.page(argparse.Namespace(steps=2, scores=None))
+    better = arm | {"dice": [dice + 0.01 for dice in arm["dice"]]}
+    for name, dices in (("base_1", arm), ("base_2", arm), ("adamw_1", better), ("adamw_2", arm), ("lr2_1", arm)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(dices | {"cost": 1.0, "steps": 2}))
+    page = script.page(argparse.Namespace(steps=2, scores=None))
+    assert "| base | Muon" in page
+    assert "| +0.005000 | +0.005000 to +0.005000 |" in page  # half of what one of two seeds gains
+    assert "| lr2 |" not in page  # whose second seed is not done
 
 
 def test_the_seed_script_changes_what_an_arm_names(bench, shared_competition):

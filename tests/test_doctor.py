@@ -107,3 +107,11 @@ def test_a_gpu_that_the_profile_wants_and_that_is_not_there_is_a_stop(machine, m
     state, seen = lines(machine)["device"]
     assert state == "STOP"
     assert "device is cuda, but" in seen and "-p device cpu" in seen
+
+
+def test_outside_the_project_the_machine_is_looked_at_all_the_same(machine, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "note profile     no notebooks here" in shown and "cores" in shown
+    assert "STOP" not in shown and "data  " not in shown

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from carvana.data.competition import Competition
 from carvana.errors import UserError
-from carvana.files import resolve
+from carvana.files import project_root, resolve
 from carvana.kaggle.credentials import credentials_source, scrub
 from carvana.kaggle.inside import unfit_version
 from carvana.parallel import SHARED_MEMORY, cores
@@ -31,6 +31,8 @@ def examine(profile: Path | None = None) -> Iterator[tuple[str, str, str]]:
     values: Values = {}
 
     def parameters() -> str:
+        if not profile and not (project_root() / "notebooks").is_dir():
+            raise NoteError("no notebooks here. Call it in the project's folder to see disk, data and weights too")
         values.update(with_defaults(load_profile(profile) if profile else {}))
         return f"{profile or 'defaults'}, run {values['run_name']}"
 

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader
 
 from carvana.data import dataset
 from carvana.data.competition import Competition
+from carvana.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,40 @@ def test_cache_is_built_once_and_anew_for_another_size(source, tmp_path):
     other = dataset.DecodedSamples(source.images, Competition(source.images.path.parent).samples, 64, 96)
     assert dataset.cached(other, tmp_path).path != first
     assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize("name", ["*.npy", "*.crc32"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "lost", "longer array"])
+def test_a_cache_that_cannot_be_opened_is_built_anew(source, tmp_path, name, damage):
+    dataset.cached(source, tmp_path)
+    (path,) = tmp_path.glob(name)
+    whole, longer = path.read_bytes(), np.zeros((17, *np.load(path).shape[1:]), np.uint8)
+    with path.open("wb") as file:
+        if damage == "longer array":
+            np.save(file, np.zeros((17, *np.load(tmp_path / path).shape[1:]), np.uint8))
+        else:
+            file.write({"empty": b"", "cut": whole[:-1], "text": b"no array", "lost": b""}[damage])
+    if damage == "lost":
+        path.unlink()
+    for image, expected in zip(dataset.cached(source, tmp_path), source, strict=False):
+        assert np.array_equal(image[0], expected[0]) and np.array_equal(image[1], expected[1])
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_in_a_cache_ends_the_training_with_one_line_and_other_items_are_good(source, tmp_path, workers):
+    cached = dataset.cached(source, tmp_path)
+    data = bytearray(cached.path.read_bytes())
+    at = len(data) - 5 * 4 * 96 * 128 + 9  # in the item before the last four
+    data[at] ^= 1
+    cached.path.write_bytes(data)
+    again = training(dataset.cached(source, tmp_path))
+    loader = DataLoader(again, batch_sampler=[[(0, 10)], [(0, 11)], [(0, 12)]], num_workers=workers)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert str(error.value) == f"{cached.path} is damaged. Delete it: the same command builds it anew and goes on."
 
 
 def training(source, **changes):

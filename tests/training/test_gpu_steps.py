@@ -102,6 +102,25 @@ def test_a_training_step_stays_on_the_gpu_and_waits_for_nothing(gpu, tmp_path, c
     assert half in watch.dtypes
 
 
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_multiplies_in_what_the_device_is_fast_at(monkeypatch, tmp_path, has_bf16, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
+                products.append(args[1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    small = recipe(optimizer="nmuon", height=32, width=32, encoder="tu-mobilenetv3_small_050")
+    state = TrainState(small, 0, 4, "data", tmp_path / "state.pt")
+    with Products():
+        state.train_step(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, 32, 32, dtype=torch.uint8))
+    assert len(products) > 100
+    assert set(products) == {dtype}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("capability", "half"), [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
 def test_an_ensemble_stays_on_the_gpu_until_its_logits_are_blended(gpu, monkeypatch, capability, half):

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from carvana.data.competition import Competition
 from carvana.data.images import Archive, mask_of, read_image
 from carvana.errors import UserError
-from carvana.files import fingerprint
+from carvana.files import UNREADABLE, atomic, fingerprint
 from carvana.grid import Grid
 from carvana.parallel import overlapped, progress
 
@@ -52,20 +53,25 @@ class DecodedSamples(Dataset[Item]):
 class CachedSamples(Dataset[Item]):
     """The same from one memory-mapped file of (n, 4, height, width) uint8, each item in one piece.
 
-    The first three quarters of an item are the image as (height, width, 3), the last is the target.
+    The first three quarters of an item are the image as (height, width, 3), the last is the target. A file beside it
+    holds the items' CRC-32, (n,) uint32. ValueError or one of UNREADABLE where either is damaged.
     """
 
     def __init__(self, path: Path):
         self.path, self.key = path, path.stem
-        self.array = np.load(path, mmap_mode="r")
+        self.array, self.sums = np.load(path, mmap_mode="r"), np.load(_sums_path(path))
+        if self.sums.shape != self.array.shape[:1]:
+            raise ValueError(f"{path} has {len(self.array)} items and {self.sums.shape} sums")
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.array)
 
     def __getitem__(self, i: int) -> Item:
-        """One image and its target, not copied, so not to be written to."""
+        """One image and its target, not copied, so not to be written to; UserError where a bit of them has changed."""
         item = self.array[i]
+        if zlib.crc32(item) != self.sums[i]:  # takes 1 ms at 512x512
+            raise UserError(f"{self.path} is damaged. Delete it: the same command builds it anew and goes on.")
         return item[:3].reshape(*item.shape[1:], 3), item[3]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,31 +92,40 @@ def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSampl
     path = folder / f"{source.key}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        try:
+            return CachedSamples(path)
+        except (*UNREADABLE, ValueError):  # not there, or damaged
             if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
                 return source
             _build(source, path)
     return CachedSamples(path)
 
 
+def _sums_path(path: Path) -> Path:
+    return path.with_suffix(".crc32")
+
+
 def _build(source: DecodedSamples, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary, sums = path.with_suffix(".tmp"), np.empty(len(source), np.uint32)
     shape = len(source), 4, source.height, source.width
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):  # where a disk that fills later would end the process without a word
             with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+        items = overlapped(source.__getitem__, ((i,) for i in range(len(source))))  # the decoder frees the interpreter
+        for i, (image, target) in enumerate(progress(items, "caching", total=len(source))):
+            array[i, :3].reshape(-1)[:], array[i, 3] = image.reshape(-1), target
+            sums[i] = zlib.crc32(array[i])
+        array.flush()
+        with atomic(_sums_path(path)) as file:
+            np.save(file, sums)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written: {error.strerror}. Free space or choose another runs_dir."
         ) from error
-    items = overlapped(source.__getitem__, ((i,) for i in range(len(source))))  # the decoder releases the interpreter
-    for i, (image, target) in enumerate(progress(items, "caching", total=len(source))):
-        array[i, :3].reshape(-1)[:], array[i, 3] = image.reshape(-1), target
-    array.flush()
-    temporary.replace(path)
 
 
 class TrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
