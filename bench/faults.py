@@ -1,4 +1,4 @@
-"""What happens when something breaks between here and Kaggle: the bare client against ours, in bench/results/faults.md.
+"""What happens when something breaks between this machine and Kaggle: the kaggle client alone, and this suite.
 
 Both run unchanged, as processes of their own, against the server of the tests on 127.0.0.1; a process that has not
 ended after 20 s is called hanging. Pauses between tries are skipped for both. A submission is started twice, as by a
@@ -87,7 +87,7 @@ def bare(*arguments) -> list:
 
 
 def told(ending: str, line: str, folder: Path) -> str:
-    line = line.replace(str(folder), "").replace("|", "/").replace("<", "‹")
+    line = line.replace(str(folder), "").replace("|", "/").replace("<", "‹").replace(">", "›")
     return f"{ending}" + (f": {shorten(line, 180)}" if line and ending != "exit code 0" else "")
 
 

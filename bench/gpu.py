@@ -11,6 +11,7 @@ import argparse
 import os
 import shutil
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -57,10 +58,10 @@ def best(options: argparse.Namespace) -> dict:
 
 def speed(options: argparse.Namespace) -> dict:
     peak, results = _peak(), {}
-    for arch, encoder in (("classic_unet", ""), ("unet", "resnet34")):
-        for height, width in ((512, 512), (640, 960)) if torch.cuda.is_available() else ((64, 96),):
-            changes = {"arch": arch, "encoder": encoder, "height": height, "width": width, "batch_size": 8}
-            results[f"{arch} {height}x{width}"] = step_speed(recipe_of("profiles/seed.yaml", **changes), peak)
+    sizes = ((512, 512), (640, 960)) if torch.cuda.is_available() else ((64, 96),)
+    for profile, (height, width) in product(("seed", "t4x2", "h100"), sizes):
+        changes = {"height": height, "width": width, "encoder_weights": ""}
+        results[f"{profile} {height}x{width}"] = step_speed(recipe_of(f"profiles/{profile}.yaml", **changes), peak)
     for height, width in ((512, 512), (640, 960)):
         results[f"loader {height}x{width}"] = _loader_speed(options, height, width)
     return results | {"peak_tflops": peak / 1e12}

@@ -15,7 +15,9 @@ def test_pixels_are_numbered_from_one_row_by_row_and_runs_go_on_over_row_ends():
 
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=20)))
 def test_decoding_an_encoded_mask_gives_the_mask(mask):
-    assert np.array_equal(rle.decode(rle.encode(mask), *mask.shape), mask)
+    text = rle.encode(mask)
+    assert np.array_equal(rle.decode(text, *mask.shape), mask)
+    assert rle.area(text, *mask.shape) == mask.sum()
 
 
 @pytest.mark.parametrize("where", ["empty", "full", "first", "last", "column", "border"])
@@ -40,8 +42,9 @@ def test_numbers_other_than_zero_count_as_car():
 
 @pytest.mark.parametrize("text", ["1", "1 2 3", "1 x", "0 1", "1 0", "1 -1", "3 2 1 1", "1 3 2 1", "10 5", "1.5 2"])
 def test_runs_that_are_no_mask_are_refused(text):
-    with pytest.raises(ValueError, match="runs|run lengths"):
-        rle.decode(text, 3, 4)
+    for read in (rle.decode, rle.area):
+        with pytest.raises(ValueError, match="runs|run lengths"):
+            read(text, 3, 4)
 
 
 @pytest.mark.parametrize(("folder", "count"), [("carvana", 256), ("carvana512", 1600)])

@@ -45,6 +45,20 @@ def test_checkpoints_are_found_by_fold_and_only_those_that_all_runs_have_are_sha
     assert Run.trained(tmp_path) == ["a", "b"]
 
 
+def test_a_checkpoint_of_an_untrained_network_is_refused_and_a_fold_that_was_stopped_is_told(tmp_path):
+    run = Run(tmp_path, "a")
+    for fold, epochs in ((0, (0, 1, 3)), (1, (0,)), (2, ())):
+        touched(run.checkpoint(fold))
+        rows = "".join(f"{epoch},0.5\n" for epoch in epochs)
+        if rows:
+            (run.fold_dir(fold) / "history.csv").write_text(f"epoch,dice\n{rows}")
+    assert run.epochs_done() == {0: 3, 1: 0}
+    with pytest.raises(UserError, match="fold1 has not ended its first epoch. Train it on with 03_train, or delete it"):
+        run.checkpoints()
+    run.checkpoint(1).unlink()
+    assert [*run.checkpoints()] == [0, 2]
+
+
 def test_a_run_without_folds_checkpoints_or_scores_is_named(tmp_path):
     run = Run(tmp_path, "a")
     for read, name in ((run.folds, "folds.csv"), (run.checkpoints, "trained fold"), (run.scores, "scores.csv")):

@@ -133,7 +133,7 @@ def _data(values: Values) -> str:
             f"none in {competition.folder}, nor credentials to fetch them. Give data_dir, or get a token"
         ) from None
     raise NoteError(
-        f"none in {competition.folder}. 01_download fetches 20 GB, or give the folder that has them: data_dir"
+        f"none in {competition.folder}. 01_download fetches about 10 GB, or give the folder that has them: data_dir"
     )
 
 

@@ -95,12 +95,23 @@ class Run:
         return self.fold_dir(fold) / f"{kind}.safetensors"
 
     def checkpoints(self) -> dict[int, Path]:
-        """Best checkpoint of every fold that has one; UserError where none has."""
+        """Best checkpoint of every fold that has one; UserError where none has, or one is of an untrained network."""
         paths = {fold: self.checkpoint(fold) for fold in self._fold_dirs() if self.checkpoint(fold).exists()}
         if not paths:
             reason = "Train with 03_train first, or correct run_name or members."
             raise UserError(f"{self.folder} has no trained fold. {reason}")
+        if untrained := [fold for fold, epoch in self.epochs_done().items() if fold in paths and not epoch]:
+            reason = "has not ended its first epoch. Train it on with 03_train, or delete it."
+            raise UserError(f"{self.fold_dir(untrained[0])} {reason}")
         return paths
+
+    def epochs_done(self) -> dict[int, int]:
+        """The last epoch in the history of every fold that has one."""
+        return {
+            fold: int(self.history(fold)["epoch"].max())
+            for fold, folder in self._fold_dirs().items()
+            if (folder / "history.csv").exists()
+        }
 
     def _fold_dirs(self) -> dict[int, Path]:
         """Folders of the run's own folds by number; a copy of a fold under another name is a person's own affair.
@@ -271,7 +282,7 @@ def shared_folds(runs: list[Run]) -> pd.DataFrame:
 
 
 def shared_checkpoints(runs: list[Run]) -> dict[int, list[Path]]:
-    """Best checkpoints of the folds that all runs have finished, by fold, in the order of the runs."""
+    """Best checkpoints of the folds that all runs have trained, by fold, in the order of the runs."""
     by_run = [run.checkpoints() for run in runs]
     shared = sorted(set.intersection(*(set(by_fold) for by_fold in by_run)))
     return {fold: [by_fold[fold] for by_fold in by_run] for fold in shared}

@@ -46,7 +46,7 @@ def test_a_cache_that_cannot_be_opened_is_built_anew(source, tmp_path, name, dam
     whole, longer = path.read_bytes(), np.zeros((17, *np.load(path).shape[1:]), np.uint8)
     with path.open("wb") as file:
         if damage == "longer array":
-            np.save(file, np.zeros((17, *np.load(tmp_path / path).shape[1:]), np.uint8))
+            np.save(file, longer)
         else:
             file.write({"empty": b"", "cut": whole[:-1], "text": b"no array", "lost": b""}[damage])
     if damage == "lost":

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import recipe
+from conftest import recipe, trainer_of
 
 from carvana import evaluation, metrics, models, rle
 from carvana.data import HOLDOUT, Competition, TestSet
@@ -192,6 +192,23 @@ def test_settings_that_surely_gain_on_folds_left_out_are_used_with_their_honest_
     assert (scores["dice"] == 0.92).all() and (scores["dice:equal"] == 0.9).all()
     assert scores["iou"].tolist() == pytest.approx([0.92 / 1.08] * 8)
     assert evaluation.gains(scores).set_index("variant").loc["equal", "gain"] == pytest.approx(0.02)
+
+
+def test_what_a_part_adds_is_not_what_the_threshold_adds():
+    table = scored(0.9, 0.92).assign(**{"dice:without hflip": 0.9, "dice:a": 0.89})
+    gains = evaluation.gains(evaluation.choose_settings(table, 2)[1]).set_index("variant")
+    assert gains["gain"].to_dict() == pytest.approx({"without hflip": 0.0, "a": 0.01, "equal": 0.02})
+    assert gains["ensemble"].to_dict() == pytest.approx({"without hflip": 0.9, "a": 0.9, "equal": 0.92})
+
+
+def test_folds_that_were_stopped_are_told(shared_competition, tmp_path, capsys):
+    trainer = trainer_of(shared_competition, tmp_path / "run", epochs=3)
+    train(trainer)
+    for epochs, told in ((3, 0), (4, 1)):
+        trainer.run.write_note("run", {"parameters": {"epochs": epochs}})
+        evaluate(shared_competition, [trainer.run])
+        said = capsys.readouterr().out
+        assert said.count("fold0 has trained 3 of 4 epochs: 03_train goes on with it.") == told
 
 
 def test_scores_with_chosen_settings_are_honest_and_hold_for_unseen_cars():

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import RECIPE, begun, recipe, trainer_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from carvana import models
 from carvana.data.competition import Competition
@@ -164,7 +164,6 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, changes):
     ("epochs", 0, "epochs is 0, but must be a whole number from 1"),
     ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
     ("height", 100, "height is 100, but must be a multiple of 32"),
-    ("encoder_weights", "none.pth", "none.pth does not exist"),
     ("start_size", 1.5, "start_size is 1.5, but must be a number from 0.25 to 1"),
     ("crop_height", 64, r"crop_height and crop_width are \(64, 0\)"),
     ("lr", "fast", "lr is 'fast', but must be a number from 1e-09 to 10"),
@@ -320,6 +319,32 @@ def test_two_processes_step_every_network_that_is_named(tmp_path, monkeypatch):
     launch("steps", [Path(__file__).parents[1], *names], Processes(2))
 
 
+def test_a_training_goes_on_where_its_encoder_weights_lie_elsewhere(shared_competition, tmp_path):
+    encoder = models.SegmentationModel(recipe().model_config).net.encoder
+    (tmp_path / "here").mkdir()
+    save_file(encoder.state_dict(), tmp_path / "here" / "encoder.safetensors")
+    changes = {"epochs": 1, "encoder_weights": str(tmp_path / "here" / "encoder.safetensors")}
+    train(trainer_of(shared_competition, tmp_path / "run", **changes))
+    (tmp_path / "here").rename(tmp_path / "there")
+    changes["encoder_weights"] = str(tmp_path / "there" / "encoder.safetensors")
+    assert trainer_of(shared_competition, tmp_path / "run", **changes).finished
+    with pytest.raises(UserError, match=r"was trained with another encoder_weights \(encoder.safetensors\)"):
+        trainer_of(shared_competition, tmp_path / "run", **changes | {"encoder_weights": ""})
+    with pytest.raises(UserError, match="none.pth does not exist"):
+        trainer_of(shared_competition, tmp_path / "other", encoder_weights="none.pth")
+
+
+def test_processes_read_the_data_where_it_lies_now(shared_competition, tmp_path):
+    shutil.copytree(shared_competition, tmp_path / "before")
+    run = begun(tmp_path / "before", tmp_path / "run", batch_size=2)
+    (tmp_path / "before").rename(tmp_path / "after")
+    opened = Competition(tmp_path / "after")
+    trainer = Trainer(run, opened, Recipe.from_parameters(run.parameters()), 0, processes=Processes(2))
+    trainer.run.write_start = lambda *_: None  # as of a run that goes on
+    train(trainer)
+    assert trainer.finished
+
+
 def test_a_second_stage_starts_from_the_weights_of_the_same_fold(shared_competition, tmp_path):
     changes = {"epochs": 1, "crop_height": 64, "crop_width": 64, "init_from": "first"}
     train(trainer_of(shared_competition, tmp_path / "first", epochs=1))
@@ -328,7 +353,8 @@ def test_a_second_stage_starts_from_the_weights_of_the_same_fold(shared_competit
     for name, tensor in second.state.network.state_dict().items():
         assert torch.equal(tensor, best[name])
     assert torch.equal(second.state.model.net.encoder.conv1.weight, best["net.encoder.conv1.weight"])
-    train(second)
+    history = train(second)
+    assert history["images_scored"].nunique() == 1  # or another epoch would be chosen by its images
     assert trainer_of(shared_competition, tmp_path / "second", **changes).finished
 
 

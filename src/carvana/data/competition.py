@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from carvana import rle
-from carvana.data.images import Archive, Size, check_gif_size, gif_mask, gif_name, image_size, mask_of
+from carvana.data.images import Archive, Size, check_gif_size, gif_mask, gif_name, image_size
 from carvana.errors import UserError, did_you_mean
 from carvana.files import optional_path, resolve
 from carvana.parallel import progress
@@ -187,7 +187,7 @@ class Competition:
 
     def _area(self, sample: Any) -> float:
         try:
-            return float(mask_of(sample).mean())
+            return rle.area(sample.rle, sample.height, sample.width) / (sample.height * sample.width)
         except ValueError as error:
             place = f"its image in {self.train_images.path}"
             raise UserError(f"mask of {sample.img} does not fit {place}: {error}.") from error

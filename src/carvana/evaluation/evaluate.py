@@ -35,6 +35,8 @@ def evaluate(runs: list[Run], competition: Competition, tta: list[str], batch_si
     """
     samples, evaluations = competition.samples, []
     fold_of, checkpoints = _fold_of(runs, samples["car"]), shared_checkpoints(runs)
+    for run in runs:
+        _say_unfinished(run)
     folds = list(checkpoints)
     for fold in [*folds, HOLDOUT] if (fold_of == HOLDOUT).any() else folds:
         scorer = FoldScorer(runs, folds, fold, unseen_by(checkpoints, fold), tta)
@@ -72,6 +74,13 @@ def unseeing_ensemble(runs: list[Run], fold: int, tta: list[str]) -> Ensemble:
     return Ensemble(EnsembleSpec.equal(unseen_by(shared_checkpoints(runs), fold), tta))
 
 
+def _say_unfinished(run: Run) -> None:
+    epochs = run.note("run").get("parameters", {}).get("epochs", 0)
+    for fold, epoch in run.epochs_done().items():
+        if epoch < epochs:
+            print(f"{run.fold_dir(fold)} has trained {epoch} of {epochs} epochs: 03_train goes on with it.")
+
+
 def _fold_of(runs: list[Run], cars: pd.Series) -> pd.Series:
     return cars.map(shared_folds(runs).set_index("car")["fold"])
 
@@ -82,13 +91,17 @@ def unseen_by(checkpoints: dict[int, list[Path]], fold: int) -> list[Path]:
 
 
 def gains(scores: pd.DataFrame) -> pd.DataFrame:
-    """What the whole ensemble gains over each simpler variant: mean Dice of both, gain, its paired 95 % interval."""
+    """What the whole ensemble gains over each simpler variant: mean Dice of both, gain, its paired 95 % interval.
+
+    Both have equal weights and 0.5, but for the variant "equal": what other weights or another threshold gain.
+    """
     rows = []
     for column in scores.columns[scores.columns.str.startswith("dice:")]:
         scored = scores[scores[column].notna()]
-        gain = metrics.mean_over_cars(scored["dice"] - scored[column], scored["car"])
+        whole = scored["dice:equal" if "dice:equal" in scores and column != "dice:equal" else "dice"]
+        gain = metrics.mean_over_cars(whole - scored[column], scored["car"])
         variant = column.removeprefix("dice:")
-        rows.append((variant, scored[column].mean(), scored["dice"].mean(), *gain, len(scored)))
+        rows.append((variant, scored[column].mean(), whole.mean(), *gain, len(scored)))
     return pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "images"])
 
 

@@ -30,7 +30,7 @@ from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, pr
 from carvana.inference.logits import BlendedLogits, blend
 from carvana.parallel import ALONE, Processes, exit_code, launch, overlapped, progress
 
-SHARD_SIZE = 512  # images a shard: some seconds on a GPU, a minute on a CPU
+SHARD_SIZE = 512  # images a shard: half a minute on a GPU, minutes on a CPU
 
 
 class PredictedMask(NamedTuple):

@@ -24,8 +24,8 @@ def credentials_source() -> str:
     source = _token_source() or _key_source()
     if not source:
         raise UserError(
-            f"No Kaggle credentials. Create a token at {SETTINGS} and save it as ~/.kaggle/kaggle.json "
-            "(kaggle.json.example shows its form), or give a data_dir that already holds the files."
+            f"No Kaggle credentials. Create a token at {SETTINGS} and save it as ~/.kaggle/access_token, or a "
+            "legacy key as ~/.kaggle/kaggle.json, or give a data_dir that already holds the files."
         )
     return source
 

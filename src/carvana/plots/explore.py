@@ -73,7 +73,7 @@ def _strips(cars: pd.Series, groups: pd.Series, colours: dict[str, str], title: 
 
 
 def mean_mask(samples: pd.DataFrame) -> Figure:
-    """For every view the share of cars that cover each place, and below it their spread (one sigma)."""
+    """For every view the share of cars that cover each place, and below it their standard deviation."""
     height, width = (max(1, round(samples[side].median() / 8)) for side in ("height", "width"))
     masks = pd.Series([resize(mask_of(row).astype(np.float32), height, width) for row in samples.itertuples()])
     views = {view: np.stack(of_view.to_list()) for view, of_view in masks.groupby(samples["view"].to_numpy())}
@@ -84,7 +84,7 @@ def mean_mask(samples: pd.DataFrame) -> Figure:
     columns = min(8, len(views))
     half = -(-len(views) // columns) * columns  # panels of the means; the spreads start a row of their own
     figure, axes = style.panels(2 * half, columns, height / width, line=0.3)
-    kinds = ("cars that cover it", means, "cividis", 1), ("spread (sigma)", spreads, "magma", 0.5)
+    kinds = ("cars that cover it", means, "cividis", 1), ("standard deviation", spreads, "magma", 0.5)
     for part, (kind, maps, colours, top) in zip((axes[:half], axes[half:]), kinds, strict=True):
         for ax, view, shares in zip(part, views, maps, strict=False):
             shown = ax.imshow(shares, cmap=colours, vmin=0, vmax=top)
@@ -151,6 +151,6 @@ def test_areas(test: pd.DataFrame, train: pd.DataFrame) -> Figure:
         ax.axvline(table["area"].median(), color=colour, linewidth=2)
     ax.legend(fontsize=style.FONT_SIZE - 1)
     beyond = (~test["area"].between(train["area"].min(), train["area"].max())).sum()
-    middles = f"{test['area'].median():.1%} against {train['area'].median():.1%}"
-    title = f"Middle area {middles} in training; {beyond} of {len(test)} outside the training range"
+    medians = f"{test['area'].median():.1%} against {train['area'].median():.1%}"
+    title = f"Median area {medians} in training; {beyond} of {len(test)} outside the training range"
     return style.label(ax, title, "area of the mask (share of the image)", "share of the images", percent="xy")

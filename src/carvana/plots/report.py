@@ -111,7 +111,7 @@ def _fold_row(fold: str, history: pd.DataFrame, scores: pd.DataFrame | None) -> 
     best, ensemble = history.nlargest(1, "dice").iloc[0], None
     if scores is not None and (of_fold := scores["fold"].astype(str) == fold.rpartition("/")[2]).any():
         ensemble = scores.loc[of_fold, "dice"].mean()
-    row = {"fold": fold, "colour": _colour(fold), "best": best, "untrained": history["dice"].iloc[0]}
+    row = {"fold": fold, "colour": _colour(fold), "best": best, "first": history["dice"].iloc[0]}
     return row | {"epochs": history["epoch"].max(), "minutes": history["seconds"].max() / 60, "ensemble": ensemble}
 
 

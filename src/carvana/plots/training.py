@@ -157,11 +157,11 @@ def _draw_dice(ax: Axes, history: pd.DataFrame) -> None:
     best = history.nlargest(1, "dice").iloc[0]
     dices, colour = style.inside(history["dice"]), style.PREDICTED_COLOUR
     ax.plot(history["epoch"], dices, "o-", color=colour, markersize=4)
-    ax.plot(history["epoch"][:1], dices[:1], "o", color="white", markeredgecolor=colour, label="untrained")
+    ax.plot(history["epoch"][:1], dices[:1], "o", color="white", markeredgecolor=colour, label="before training")
     text = f"best, epoch {best['epoch']:g}"
     ax.axvline(best["epoch"], color=style.HIGHLIGHT_COLOUR, linewidth=2, zorder=0, label=text)
     ax.legend(fontsize=style.FONT_SIZE - 1.5)
-    title = f"Best Dice {best['dice']:.6f}, untrained {history['dice'].iloc[0]:.6f}"
+    title = f"Best Dice {best['dice']:.6f}, before training {history['dice'].iloc[0]:.6f}"
     style.label(ax, title, "epoch", "mean Dice (logit scale)", count="x")
     style.scale(ax, "y", "logit")
 
@@ -183,7 +183,7 @@ def edge_strip(trainer: Trainer) -> Figure:
         probabilities = [1 / (1 + np.exp(-logits[epoch][i][window])) for epoch in epochs]
         wrong.append([np.mean((probability > 0.5) != (soft > 0.5)) for probability in probabilities])
         for ax, epoch, probability in zip(line[1:], epochs, probabilities, strict=False):
-            Outlined(probability, soft).draw(ax, f"epoch {epoch}" if epoch else "untrained")
+            Outlined(probability, soft).draw(ax, f"epoch {epoch}" if epoch else "before training")
     first, last = np.mean(wrong, axis=0)[[0, -1]]
     text = f"Around hard edges {first:.1%} of pixels are wrong at epoch {epochs[0]}, {last:.1%} at epoch {epochs[-1]}"
     bar = figure.colorbar(ScalarMappable(cmap="cividis"), ax=axes, location="bottom", aspect=60, shrink=0.6)

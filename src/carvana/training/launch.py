@@ -3,6 +3,7 @@
 `python -m carvana.training.launch` is one of these processes.
 """
 
+import json
 import sys
 from collections.abc import Callable
 
@@ -33,23 +34,27 @@ def train(
         run.write_start(vars(trainer.recipe) | trainer.competition.parameters | split, trainer.source.key)
     try:
         if trainer.processes.count > 1 and not connected():
-            arguments = [run.runs_dir, run.name, trainer.fold, max_hours, workers]
+            opened = json.dumps(trainer.competition.parameters)
+            arguments = [run.runs_dir, run.name, trainer.fold, opened, max_hours, workers]
             launch("carvana.training.launch", arguments, trainer.processes, on_epoch)
             state.resume()
         else:
             trainer.fit(max_hours, workers, on_epoch)
     except torch.OutOfMemoryError as error:
-        advice = "Lower batch_size and raise accumulate by as much, or lower height and width."
+        advice = "Halve batch_size and double accumulate, or lower height and width."
         raise UserError(f"The device is out of memory. {advice}") from error
     return trainer.history
 
 
-def main(runs_dir: str, run_name: str, fold: str, max_hours: str = "0", workers: str = "-1") -> None:
-    """Train a fold of a run that has begun, as one of the processes that share it."""
-    run = Run(runs_dir, run_name)
-    parameters = run.parameters()
-    competition = Competition(*(parameters[name] for name in ("data_dir", "hq", "exclude")))
-    trainer = Trainer(run, competition, Recipe.from_parameters(parameters), int(fold), Processes(process_count()))
+def main(runs_dir: str, run_name: str, fold: str, opened: str, *limits: str) -> None:
+    """Train a fold of a run that has begun, as one of the processes that share it.
+
+    opened: `Competition.parameters` as JSON, since data may lie elsewhere than when the run began. limits: max_hours
+    and workers.
+    """
+    run, (max_hours, workers) = Run(runs_dir, run_name), limits
+    recipe, competition = Recipe.from_parameters(run.parameters()), Competition(**json.loads(opened))
+    trainer = Trainer(run, competition, recipe, int(fold), Processes(process_count()))
     train(trainer, float(max_hours), int(workers))
     trainer.state.accelerator.end_training()  # a connection that is still open at the end may abort the process
 

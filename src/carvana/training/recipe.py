@@ -12,7 +12,7 @@ from carvana.data.dataset import Augmentation
 from carvana.device import best, precision
 from carvana.errors import UserError, did_you_mean
 from carvana.grid import STRIDE
-from carvana.models import ModelConfig, check_names, check_weights
+from carvana.models import ModelConfig, check_names
 from carvana.profiles import check
 from carvana.training.losses import loss_named
 
@@ -66,7 +66,6 @@ class Recipe:
         check(parameters)
         recipe = cls(**{name: _typed(name, kind, parameters[name]) for name, kind in get_type_hints(cls).items()})
         check_names(recipe.model_config)
-        check_weights(recipe.model_config, recipe.encoder_weights)
         loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
@@ -84,7 +83,7 @@ class Recipe:
         need, free = self.batch_size * size * BYTES_A_PIXEL, psutil.virtual_memory().available
         if best().type == "cpu" and need > free:
             needed = f"A step of batch_size {self.batch_size} needs more than {need / 1e9:.0f} GB"
-            advice = "Lower batch_size and raise accumulate by as much, or lower the size."
+            advice = "Halve batch_size and double accumulate, or lower height and width."
             raise UserError(f"{needed}, and {free / 1e9:.0f} GB are free. {advice}")
 
     def _check_crop(self) -> None:

@@ -89,7 +89,8 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         with self.accelerator.accumulate(self.model):
-            images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+            on_gpu = self.device.type == "cuda"  # one of Apple's would read memory that is freed meanwhile
+            images, targets = (part.to(self.device, non_blocking=on_gpu) for part in (images, targets))
             size = size_at(images.shape[1:3], self.recipe.start_size, self.step / self.total_steps)
             if size != images.shape[1:3]:
                 images, targets = resized(images, targets, size)
@@ -143,6 +144,8 @@ class TrainState:
 
     def _check_same(self, contents: dict[str, Any]) -> None:
         wanted, saved = asdict(self.recipe), contents["recipe"]
+        for names in (wanted, saved):  # a file may lie elsewhere on another machine
+            names["encoder_weights"] = Path(names["encoder_weights"]).name
         changed = [f"{name} ({saved.get(name)})" for name in wanted if saved.get(name) != wanted[name]]
         changed += ["the images, masks, folds or processes"] if contents["data"] != self.data else []
         if changed:

@@ -16,7 +16,7 @@ from carvana.data.dataset import TrainDataset, batches, training_samples
 from carvana.device import use_gpu, worker_count
 from carvana.errors import UserError
 from carvana.files import fingerprint, sha256, write_text
-from carvana.models import save_checkpoint
+from carvana.models import check_weights, save_checkpoint
 from carvana.parallel import ALONE, Processes, progress
 from carvana.run import Run
 from carvana.training.recipe import Recipe
@@ -41,6 +41,8 @@ class Trainer:
         if not 0 <= fold <= self.folds["fold"].max():
             raise UserError(f"fold is {fold}, but the run has the folds 0 to {self.folds['fold'].max()}.")
         recipe.check_memory()
+        if not (self.folder / "state.pt").exists():
+            check_weights(recipe.model_config, recipe.encoder_weights)
         fold_of = self.samples["car"].map(self.folds.set_index("car")["fold"])
         self.train_rows = np.flatnonzero((fold_of != fold) & (fold_of >= 0))
         self.valid_rows = np.flatnonzero(fold_of == fold)
@@ -90,7 +92,7 @@ class Trainer:
         workers: processes that prepare images; -1 takes what suits the device.
         """
         state, pending, began = self.state, [], time.monotonic()
-        if not state.history:  # the untrained network
+        if not state.history:  # the network before its first step
             self.save_snapshot()
         if not self.best_exists:  # yet, or any more: what state.pt holds is the best that is left
             self.validate_and_checkpoint()
@@ -132,7 +134,8 @@ class Trainer:
     def validate_and_checkpoint(self) -> None:
         """Validate, add a row to the history, and save: weights, history, then the state that makes them count."""
         state, started = self.state, time.monotonic()
-        rows = self.valid_rows if state.step else self.valid_rows[::7]  # an untrained network: a few of every view do
+        untrained = not (state.step or self.recipe.init_from)  # a few images of every view do
+        rows = self.valid_rows[::7] if untrained else self.valid_rows
         broadcast(list(state.network.buffers()))  # of the process that saves: each has batch statistics of its own
         scores = self.validator.scores(state.network, rows)
         state.seconds += time.monotonic() - started
