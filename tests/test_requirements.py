@@ -18,7 +18,8 @@ def lines(name):
 
 
 def needed():
-    tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    tests = [need for need in extras["test"] if need != "carvana[export]"] + extras["export"]
     return [*map(Requirement, lines("requirements.txt")), *map(Requirement, tests)]
 
 

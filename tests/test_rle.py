@@ -47,7 +47,9 @@ def test_runs_that_are_no_mask_are_refused(text):
             read(text, 3, 4)
 
 
-@pytest.mark.parametrize(("folder", "count"), [("carvana", 256), ("carvana512", 1600)])
+@pytest.mark.parametrize(
+    ("folder", "count"), [("carvana", 256), pytest.param("carvana512", 1600, marks=pytest.mark.slow)]
+)
 def test_encoding_the_real_gif_masks_reproduces_train_masks_byte_for_byte(real_data, folder, count):
     data = real_data / folder
     listed = pd.read_csv(data / "train_masks.csv", keep_default_na=False)
