@@ -32,7 +32,8 @@ RECIPE = {
     "optimizer": "adamw",
     "weight_decay": 0.01, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0, "loss": "bce_dice", "ema": 0.9,
     "amp": "no", "hflip": 0.5, "crop_height": 0, "crop_width": 0, "brightness": 0.2, "contrast": 0.2,
-    "hue": 0.1, "saturation": 0.2, "scale": 0.1, "shift": 0.05, "rotate": 3.0, "validate_every": 1, "seed": 1,
+    "hue": 0.1, "saturation": 0.2, "scale": 0.1, "shift": 0.05, "rotate": 3.0, "pseudo_labels": "",
+    "pseudo_batch": 0.5, "validate_every": 1, "seed": 1,
 }  # fmt: skip
 
 

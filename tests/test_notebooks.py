@@ -121,6 +121,20 @@ def test_any_folder_is_predicted_with_the_ensemble_of_another_run(place, lines):
     assert len(scores) == 20
 
 
+def test_soft_masks_that_05_keeps_are_learnt_from_by_03(place, lines):
+    values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
+    values |= {"run_name": "soft", "ensemble": str(place / "runs" / "tiny" / "ensemble.json"), "pseudo_share": 0.5}
+    pipeline.execute("05_predict", place / "05.ipynb", values)
+    part = json.loads((place / "runs" / "soft" / "parts" / "part-00000.json").read_text())
+    surest = pd.DataFrame({"img": part["names"], "unsure": part["unsure"]}).nsmallest(2, "unsure")
+    assert pd.read_csv(place / "runs" / "soft" / "pseudo" / "labels.csv")["img"].tolist() == surest["img"].tolist()
+    assert f"2 soft masks are kept, the widest band is {surest['unsure'].max():.2f}" in outputs(place / "05.ipynb")
+    values |= RECIPE | {"run_name": "student", "n_folds": 2, "holdout_cars": 1, "epochs": 1, "pseudo_labels": "soft"}
+    pipeline.execute("03_train", place / "03.ipynb", values)
+    assert "2 soft masks of soft on top: 2 of the 4 images in a batch." in outputs(place / "03.ipynb")
+    assert (place / "runs" / "student" / "fold0" / "best.safetensors").exists()
+
+
 def test_papermill_alone_trains_a_fold_with_a_profile_from_anywhere(place, lines, tmp_path):
     options = {"data_dir": place / "data", "runs_dir": tmp_path / "runs", "encoder_weights": "", "fold": 1}
     options |= {"height": 32, "width": 64, "epochs": 1, "n_folds": 2}

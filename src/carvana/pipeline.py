@@ -70,9 +70,11 @@ def steps(profile: Values) -> Iterator[Step]:
     yield step("02_explore", samples, [])
     for fold in folds if run.name in [member.name for member in members] else ():
         start = [Run(run.runs_dir, values["init_from"]).checkpoint(fold)] if values["init_from"] else []
+        start += [Run(run.runs_dir, values["pseudo_labels"]).pseudo_path] if values["pseudo_labels"] else []
         yield step("03_train", [*samples, *start], [run.checkpoint(fold), run.folds_path], fold=fold)
     yield step("04_evaluate", [*samples, *checkpoints], [run.scores_path, run.ensemble_path])
-    yield step("05_predict", [*tests, *predicts_with], [submission])
+    kept = [run.pseudo_path] if values["pseudo_share"] else []
+    yield step("05_predict", [*tests, *predicts_with], [submission, *kept])
     yield step("06_submit", [*tests, submission], [run.submission_path])
 
 

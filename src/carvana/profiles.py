@@ -28,7 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {  # lowest and highest value; both boo
     **{"start_size": (0.25, 1.0), "warmup": (0.0, 0.9), "ema": (0.0, 0.99999), "hflip": (0.0, 1.0)},
     **dict.fromkeys(("brightness", "contrast", "saturation"), (0.0, 1.0)),
     **{"hue": (0.0, 0.5), "scale": (0.0, 0.9), "shift": (0.0, 0.9)},
-    "rotate": (0.0, 180.0),
+    **{"rotate": (0.0, 180.0), "pseudo_share": (0.0, 1.0), "pseudo_batch": (0.01, 0.99)},
 }
 NAME = (
     r"(?!cache$)\w[\w .+=()-]{0,99}(?<! )",
@@ -38,16 +38,14 @@ TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
 FILES = ("exclude", "ensemble", "test_dir", "sample", "accelerate_config")
 PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
-    "run_name": NAME,
-    "members": NAME,
-    "init_from": NAME,
+    **dict.fromkeys(("run_name", "members", "init_from", "pseudo_labels"), NAME),
     "tta": (TTA, "is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... from 0.25 to 4"),
     "tracker": (f"({TRACKERS})".replace(", ", "|"), f"is unknown. Choose from: {TRACKERS}"),
     "device": ("auto|cuda|mps|cpu", "is unknown. Choose from: auto, cuda, mps, cpu"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
     **dict.fromkeys(FILES, (r"[^\0]*", "is no file. Give its path")),
 }
-LISTS = ("members", "init_from", "tta", "tracker")  # which may be empty
+LISTS = ("members", "init_from", "pseudo_labels", "tta", "tracker")  # which may be empty
 LINE = r"^(\w+) *= *(.*?) *(?:# *(.*))?$"  # of a parameters cell; papermill's own reader takes 2 seconds to import
 WHOLE, NUMBER = r"[-+]?(0|[1-9]\d{0,18})", r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?"  # no 010, 1:30, 1_000
 

@@ -22,8 +22,8 @@ from carvana.profiles import NAME, TTA, check
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
 TYPES = {  # of columns of a run's tables; what is not named here may hold anything
-    **dict.fromkeys(("img", "car", "exclude"), str),
-    **dict.fromkeys(("fold", "view", "epoch", *ERROR_PARTS, "disputed"), int),
+    **dict.fromkeys(("img", "car", "exclude", "test_dir", "key"), str),
+    **dict.fromkeys(("fold", "view", "epoch", *ERROR_PARTS, "disputed", "crc32"), int),
     **dict.fromkeys(("dice", "iou", "area", "predicted_area", "seconds"), float),
 }
 
@@ -71,6 +71,7 @@ class Run:
         self.folder = self.runs_dir / run_name
         self.cache_dir = self.runs_dir / "cache"  # of training samples, for all runs
         self.shards_dir = self.folder / "parts"
+        self.pseudo_path = self.folder / "pseudo" / "labels.csv"  # of the PNGs beside it
         self.evaluation_dir = self.folder / "evaluation"  # of its trackers
         self.worst_dir = self.folder / "figures" / "worst"
         self.folds_path = self.folder / "folds.csv"
@@ -248,7 +249,7 @@ def read_csv(path: Path, *needed: str) -> pd.DataFrame:
     """A table with the columns `needed`; UserError where it is missing or damaged, or cells are not of their TYPES."""
     try:
         table = pd.read_csv(path, dtype=TYPES, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
-        table = table.fillna({"exclude": ""})  # a mark that is not there; a car may be called NA
+        table = table.fillna({"exclude": "", "test_dir": ""})  # may be empty; a car may be called NA
         typed = [name for name in TYPES if name in table]
         if lacking := [name for name in needed if name not in table]:
             raise ValueError(f"it has no column {lacking[0]}")

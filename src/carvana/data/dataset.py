@@ -17,7 +17,6 @@ from filelock import FileLock
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from carvana.data.competition import Competition
 from carvana.data.images import Archive, mask_of, read_image
 from carvana.errors import UserError
 from carvana.files import UNREADABLE, atomic, fingerprint
@@ -25,6 +24,7 @@ from carvana.grid import Grid
 from carvana.parallel import overlapped, progress
 
 LAYOUT = "image, target"  # of a cached item: another layout is another cache
+Key = tuple[int, int]  # of an augmented sample: epoch, and its place among those to learn from
 Item = tuple[np.ndarray, np.ndarray]  # image (height, width, 3) uint8 RGB, soft target (height, width) uint8, 255 = car
 
 
@@ -50,6 +50,33 @@ class DecodedSamples(Dataset[Item]):
         return image, Grid(*full, self.height, self.width).soft_target(mask_of(self.samples[i]))
 
 
+class PseudoSamples(DecodedSamples):
+    """Test images with the soft masks that `inference.predict.keep_soft_masks` has written into `folder`; same items.
+
+    labels: the index there; its crc32 follows from image, PNG and number of rows. UserError where one of them changed.
+    """
+
+    def __init__(self, images: Archive, labels: pd.DataFrame, folder: Path, height: int, width: int):
+        self.images, self.folder, self.height, self.width = images, folder, height, width
+        sums = {name: crc for name, _, crc in images.stamp(name for name in labels["img"] if name in images.members)}
+        self.samples = [(row.img, sums.get(row.img, 0) ^ len(labels), row.crc32) for row in labels.itertuples()]
+        self.key = f"{height}x{width}-{fingerprint(self.samples, LAYOUT)}"
+
+    def __getitem__(self, i: int) -> Item:
+        """Decode one image and its soft mask, which is brought to the same size where it has another."""
+        name, before, crc = self.samples[i]
+        path = self.folder / f"{name}.png"
+        png = path.read_bytes() if path.is_file() else b""
+        if zlib.crc32(png, before) != crc:
+            reason = f"{path}, its image in {self.images.path} or its row in the csv is lost or has changed"
+            raise UserError(f"{reason}. Give the same hq, or delete {self.folder} and run its 05_predict again.")
+        image, full = read_image(self.images, name, self.height, self.width)
+        soft = np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE))
+        if soft.shape != image.shape[:2]:
+            soft = Grid(*full, self.height, self.width).reduce(Grid(*full, *soft.shape).enlarge(soft))
+        return image, soft
+
+
 class CachedSamples(Dataset[Item]):
     """The same from one memory-mapped file of (n, 4, height, width) uint8, each item in one piece.
 
@@ -59,7 +86,7 @@ class CachedSamples(Dataset[Item]):
 
     def __init__(self, path: Path):
         self.path, self.key = path, path.stem
-        self.array, self.sums = np.load(path, mmap_mode="r"), np.load(_sums_path(path))
+        self.array, self.sums = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".crc32"))
         if self.sums.shape != self.array.shape[:1]:
             raise ValueError(f"{path} has {len(self.array)} items and {self.sums.shape} sums")
 
@@ -79,11 +106,6 @@ class CachedSamples(Dataset[Item]):
         return CachedSamples, (self.path,)
 
 
-def training_samples(competition: Competition, height: int, width: int, folder: Path) -> DecodedSamples | CachedSamples:
-    """The competition's samples at network size, through a cache file in `folder`."""
-    return cached(DecodedSamples(competition.train_images, competition.samples, height, width), folder)
-
-
 def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSamples:
     """`source` through a cache file in `folder`, built once; `source` itself where the cache would fill half the disk.
 
@@ -101,10 +123,6 @@ def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSampl
     return CachedSamples(path)
 
 
-def _sums_path(path: Path) -> Path:
-    return path.with_suffix(".crc32")
-
-
 def _build(source: DecodedSamples, path: Path) -> None:
     temporary, sums = path.with_suffix(".tmp"), np.empty(len(source), np.uint32)
     shape = len(source), 4, source.height, source.width
@@ -118,7 +136,7 @@ def _build(source: DecodedSamples, path: Path) -> None:
             array[i, :3].reshape(-1)[:], array[i, 3] = image.reshape(-1), target
             sums[i] = zlib.crc32(array[i])
         array.flush()
-        with atomic(_sums_path(path)) as file:
+        with atomic(path.with_suffix(".crc32")) as file:
             np.save(file, sums)
         temporary.replace(path)
     except OSError as error:
@@ -137,7 +155,7 @@ class TrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     def __init__(self, source: Dataset[Item], rows: np.ndarray, augment: A.Compose, seed: int):
         self.source, self.rows, self.augment, self.seed = source, rows, augment, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Resuming, or another number of workers, gives the same sample for the same key."""
         epoch, i = key
         row = int(self.rows[i])
@@ -148,7 +166,7 @@ class TrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         return torch.from_numpy(augmented["image"]), torch.from_numpy(augmented["mask"]), torch.tensor(row)
 
 
-def batches(n: int, batch_size: int, group_size: int, epochs: int, seed: int) -> list[list[tuple[int, int]]]:
+def batches(n: int, batch_size: int, group_size: int, epochs: int, seed: int) -> list[list[Key]]:
     """Keys (epoch, i) of every batch of a whole training on `n` samples, each epoch in an order of its own.
 
     Only whole batches, in whole groups of `group_size` batches that make one step of the optimiser: no batch statistics
@@ -162,6 +180,16 @@ def batches(n: int, batch_size: int, group_size: int, epochs: int, seed: int) ->
         order = np.resize(np.random.default_rng([seed, epoch]).permutation(n), used).tolist()
         keys += [[(epoch, i) for i in order[first : first + batch_size]] for first in range(0, used, batch_size)]
     return keys
+
+
+def add_pseudo(true: list[list[Key]], n: int, n_pseudo: int, count: int, seed: int) -> list[list[Key]]:
+    """The batches of `n` true samples, as of `batches`, each with `count` keys (turn, i) more, n <= i < n + n_pseudo.
+
+    Each pseudo-labelled sample comes once a turn, every turn in an order of its own; turns take no notice of epochs.
+    """
+    turns = -(-len(true) * count // max(1, n_pseudo))
+    drawn = [(turn, n + i) for ((turn, i),) in batches(n_pseudo, 1, 1, turns, seed)]
+    return [batch + drawn[k * count : (k + 1) * count] for k, batch in enumerate(true)]
 
 
 def resized(images: torch.Tensor, targets: torch.Tensor, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

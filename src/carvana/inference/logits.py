@@ -28,6 +28,12 @@ class BlendedLogits:
         """Full-size probabilities of car (H, W) float32."""
         return expit(self.enlarge(full))
 
+    def soft_mask(self, full: Size) -> np.ndarray:
+        """Probabilities of car at the network size, the largest of several: (h, w) uint8, 255 = 1."""
+        grid, small = Grid(*full, *max(logits.shape for logits in self.by_size)), expit(self.by_size[0])
+        small = small if len(self.by_size) == 1 else grid.reduce(self.probabilities(full))
+        return np.rint(255 * small).astype(np.uint8)
+
     def mask(self, full: Size, logit_threshold: float) -> np.ndarray:
         """Full-size mask (H, W) bool, from its edges: equal to its run lengths to the pixel."""
         return rle.decode(rle.from_edges(self.edges(full, logit_threshold)), *full)

@@ -3,17 +3,20 @@
 `python -m carvana.inference.predict` is one of several processes.
 """
 
+import shutil
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
@@ -24,11 +27,12 @@ from carvana import device, rle
 from carvana.data.competition import TestSet
 from carvana.data.images import Archive, Size
 from carvana.errors import UserError
-from carvana.files import fingerprint, locked, read_json, sha256, write_json, write_text
+from carvana.files import atomic, fingerprint, locked, read_json, sha256, write_json, write_text
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
 from carvana.parallel import ALONE, Processes, exit_code, launch, overlapped, progress
+from carvana.run import read_csv
 
 SHARD_SIZE = 512  # images a shard: half a minute on a GPU, minutes on a CPU
 
@@ -169,6 +173,35 @@ def predict_probabilities(
     for batch in predict_batches(ensemble, dataset, in_batches(len(names), batch_size), workers=0):
         for blended, size in zip(blend(batch.logits, ensemble.spec.weights), batch.full_sizes, strict=True):
             yield blended.probabilities(size)
+
+
+def surest(predicted: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Columns img and unsure of `share` of all images, one at least: those with the surest edges, if they have any."""
+    edged = predicted[predicted["area"].between(0, 1, inclusive="neither")]
+    return edged.nsmallest(max(1, round(share * len(predicted))), "unsure")[["img", "unsure"]]
+
+
+def keep_soft_masks(ensemble: Ensemble, images: Archive, labels: pd.DataFrame, index: Path, options: Options) -> None:
+    """Write a PNG for each image of `labels` (img, unsure, test_dir), then the csv `index`, which vouches for them.
+
+    `data.dataset.PseudoSamples` reads them. Nothing is predicted where they are there; else by this process alone.
+    """
+    test, n, crcs = TestSet(images, labels["img"].tolist()), len(labels), []
+    prediction = Prediction.of(ensemble.spec, test, index.parent, options)
+    labels = labels.assign(key=fingerprint(prediction.key, labels["test_dir"].tolist()))
+    with locked(index.parent.with_suffix(".lock"), "the soft masks"):
+        with suppress(UserError):  # not there, or damaged
+            if read_csv(index, "key")["key"].tolist() == labels["key"].tolist():
+                return
+        shutil.rmtree(index.parent, ignore_errors=True)
+        with progress(None, "keeping", total=n) as bar:
+            for row, logits, size, _ in _blended(prediction, ensemble, in_batches(n, options.batch_size), bar):
+                png = cv2.imencode(".png", logits.soft_mask(size))[1].tobytes()
+                with atomic(index.parent / f"{test.names[row]}.png") as file:
+                    file.write(png)
+                crcs.append(zlib.crc32(png, zlib.crc32(images.read(test.names[row])) ^ n))
+                bar.update()
+        write_text(index, labels.assign(crc32=crcs).to_csv(index=False))
 
 
 def _work(prediction: Prediction, ensemble: Ensemble) -> None:

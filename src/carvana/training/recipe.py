@@ -54,6 +54,8 @@ class Recipe:
     scale: float
     shift: float
     rotate: float
+    pseudo_labels: str
+    pseudo_batch: float
     validate_every: int
     seed: int
 
@@ -69,6 +71,8 @@ class Recipe:
         loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
+        if recipe.pseudo_labels and recipe.batch_size < 2:
+            raise UserError("batch_size is 1, but with pseudo_labels it must be 2 or more: a true and a soft mask.")
         if recipe.schedule not in SCHEDULES:
             hint = did_you_mean(recipe.schedule, SCHEDULES)
             raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
@@ -97,6 +101,11 @@ class Recipe:
     def model_config(self) -> ModelConfig:
         """The part that prediction needs to know."""
         return ModelConfig(self.arch, self.encoder, self.decoder_channels, self.height, self.width)
+
+    @property
+    def pseudo_count(self) -> int:
+        """Pseudo-labelled images in a batch: `pseudo_batch` of it, at least one and at most all but one; or none."""
+        return min(max(1, round(self.batch_size * self.pseudo_batch)), self.batch_size - 1) if self.pseudo_labels else 0
 
     @property
     def augmentation(self) -> Augmentation:

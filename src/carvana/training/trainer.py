@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from carvana.data.competition import Competition
-from carvana.data.dataset import TrainDataset, batches, training_samples
+from carvana.data.dataset import CachedSamples, DecodedSamples, PseudoSamples, TrainDataset, add_pseudo, batches, cached
 from carvana.device import use_gpu, worker_count
 from carvana.errors import UserError
 from carvana.files import fingerprint, sha256, write_text
 from carvana.models import check_weights, save_checkpoint
 from carvana.parallel import ALONE, Processes, progress
-from carvana.run import Run
+from carvana.run import Run, read_csv
 from carvana.training.recipe import Recipe
 from carvana.training.state import Snapshot, TrainState, write_snapshot
 from carvana.training.validation import Validator
@@ -47,11 +47,15 @@ class Trainer:
         self.train_rows = np.flatnonzero((fold_of != fold) & (fold_of >= 0))
         self.valid_rows = np.flatnonzero(fold_of == fold)
         self.preview_rows = self.valid_rows[np.unique(np.linspace(0, len(self.valid_rows) - 1, PREVIEWS).astype(int))]
-        self.source = training_samples(competition, recipe.height, recipe.width, run.cache_dir)
-        group_size = recipe.accumulate * processes.count
-        keys = batches(len(self.train_rows), recipe.batch_size, group_size, recipe.epochs, recipe.seed)
+        self.pseudo_names, pseudo = self._pseudo()
+        decoded = DecodedSamples(competition.train_images, self.samples, recipe.height, recipe.width)
+        self.source = cached(decoded, run.cache_dir)
+        self.learnt: ConcatDataset = ConcatDataset([self.source, *pseudo])
+        n, count, group_size = len(self.train_rows), recipe.pseudo_count, recipe.accumulate * processes.count
+        keys = batches(n, recipe.batch_size - count, group_size, recipe.epochs, recipe.seed)
+        keys = add_pseudo(keys, n, len(self.pseudo_names), count, recipe.seed)
         start = self._start()
-        hashes = [sha256(start)] if start else []
+        hashes = ([sha256(start)] if start else []) + [samples.key for samples in pseudo]
         data = fingerprint(self.source.key, self.folds.to_numpy().tolist(), fold, processes.count, *hashes)
         self.best_exists = run.checkpoint(fold).exists()  # as all processes see it before one of them writes
         use_gpu(fold)
@@ -75,6 +79,25 @@ class Trainer:
         if not earlier.checkpoint(self.fold).exists():
             raise UserError(f"init_from: {earlier.checkpoint(self.fold)} does not exist. Train that fold first.")
         return earlier.checkpoint(self.fold)
+
+    def _pseudo(self) -> tuple[list[str], list[DecodedSamples | CachedSamples]]:
+        """Names and samples of the test images whose soft masks the run `pseudo_labels` keeps; none for "".
+
+        Its networks have seen this fold's cars, so the Dice of the fold may be flattered very slightly; that of
+        holdout_cars is not, if that run held out the same. UserError for images of cars that have a true mask.
+        """
+        if not self.recipe.pseudo_labels:
+            return [], []
+        index = Run(self.run.runs_dir, self.recipe.pseudo_labels).pseudo_path
+        if not index.exists():
+            raise UserError(f"pseudo_labels: {index} does not exist. Run 05_predict there with a pseudo_share above 0.")
+        labels = read_csv(index, "img", "test_dir", "crc32")
+        cars = labels["img"].str.extract("^([^.]*)_")[0]
+        if known := sorted(cars[cars.isin(self.samples["car"])]):
+            raise UserError(f"pseudo_labels: {index} holds car {known[0]}, which has true masks. Keep those of others.")
+        images = self.competition.test(labels["test_dir"].iloc[0]).images
+        samples = PseudoSamples(images, labels, index.parent, self.recipe.height, self.recipe.width)
+        return labels["img"].tolist(), [cached(samples, self.run.cache_dir)]
 
     @property
     def finished(self) -> bool:
@@ -159,14 +182,14 @@ class Trainer:
     def loader(self, workers: int) -> DataLoader[Batch]:
         """All batches that are left, in one loader, so that its workers run on while the fold is validated."""
         recipe = self.recipe
-        augment, seed = recipe.augmentation.compose(), recipe.seed
+        rows = np.append(self.train_rows, np.arange(len(self.source), len(self.learnt)))
         batch_bytes = 4 * recipe.batch_size * recipe.height * recipe.width  # on a CPU the network needs every core
         return DataLoader(
-            TrainDataset(self.source, self.train_rows, augment, seed),
+            TrainDataset(self.learnt, rows, recipe.augmentation.compose(), recipe.seed),
             batch_sampler=self.batch_keys[self.state.step :],
             num_workers=worker_count(workers, 8, 0, batch_bytes),
             pin_memory=self.state.device.type == "cuda",
-            generator=torch.Generator().manual_seed(seed),  # so that the global random state is left alone
+            generator=torch.Generator().manual_seed(recipe.seed),  # so that the global random state is left alone
         )
 
     def _progress(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
@@ -193,6 +216,6 @@ class Trainer:
         for i, (loss, (_, rows)) in enumerate(zip(losses, pending, strict=True)):
             if not math.isfinite(loss):
                 step = state.step - len(pending) + i + 1
-                names = ", ".join(self.samples["img"].iloc[rows.tolist()])
-                raise UserError(f"The loss of step {step} is {loss}, in the batch {names}. Lower lr, or set amp to no.")
+                batch = ", ".join([*self.samples["img"], *self.pseudo_names][row] for row in rows.tolist())
+                raise UserError(f"The loss of step {step} is {loss}, in the batch {batch}. Lower lr, or set amp to no.")
         state.losses += losses
