@@ -53,7 +53,7 @@ def test_a_checkpoint_of_an_untrained_network_is_refused_and_a_fold_that_was_sto
         if rows:
             (run.fold_dir(fold) / "history.csv").write_text(f"epoch,dice\n{rows}")
     assert run.epochs_done() == {0: 3, 1: 0}
-    with pytest.raises(UserError, match="fold1 has not ended its first epoch. Train it on with 03_train, or delete it"):
+    with pytest.raises(UserError, match="fold1 has not ended an epoch. Train or delete it"):
         run.checkpoints()
     run.checkpoint(1).unlink()
     assert [*run.checkpoints()] == [0, 2]

@@ -164,7 +164,7 @@ def _facts(run: Run, blend: Blend) -> dict[str, Any]:
     """What the card says of the run; a checkpoint that has left its run says less."""
     spec, note, dice = blend.spec, run.note("run"), "not scored by 04_evaluate"
     parameters = note.get("parameters", {})
-    if run.has_scores:
+    if run.scores_path.exists():
         scores = run.scores()
         mean, low, high = score_over_cars(scores["dice"], scores["car"])
         counts = f"{len(scores)} images of {scores['car'].nunique()} cars, each by networks that have not seen the car"

@@ -99,20 +99,15 @@ class Run:
         """Best checkpoint of every fold that has one; UserError where none has, or one is of an untrained network."""
         paths = {fold: self.checkpoint(fold) for fold in self._fold_dirs() if self.checkpoint(fold).exists()}
         if not paths:
-            reason = "Train with 03_train first, or correct run_name or members."
-            raise UserError(f"{self.folder} has no trained fold. {reason}")
+            raise UserError(f"{self.folder} has no trained fold. Train with 03_train, or correct run_name or members.")
         if untrained := [fold for fold, epoch in self.epochs_done().items() if fold in paths and not epoch]:
-            reason = "has not ended its first epoch. Train it on with 03_train, or delete it."
-            raise UserError(f"{self.fold_dir(untrained[0])} {reason}")
+            raise UserError(f"{self.fold_dir(untrained[0])} has not ended an epoch. Train or delete it.")
         return paths
 
     def epochs_done(self) -> dict[int, int]:
         """The last epoch in the history of every fold that has one."""
-        return {
-            fold: int(self.history(fold)["epoch"].max())
-            for fold, folder in self._fold_dirs().items()
-            if (folder / "history.csv").exists()
-        }
+        histories = {fold: history for fold, history in self.histories().items() if fold.isdigit()}
+        return {int(fold): int(history["epoch"].max()) for fold, history in histories.items()}
 
     def _fold_dirs(self) -> dict[int, Path]:
         """Folders of the run's own folds by number; a copy of a fold under another name is a person's own affair.
@@ -178,20 +173,15 @@ class Run:
         paths = [folder / "history.csv" for folder in self._fold_dirs().values()]
         return sum(read_csv(path, "seconds")["seconds"].max() for path in paths if path.exists()) / 60
 
-    @property
-    def has_scores(self) -> bool:
-        """Whether 04_evaluate has scored the run."""
-        return self.scores_path.exists()
-
     def scores(self) -> pd.DataFrame:
         """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
-        if not self.has_scores:
+        if not self.scores_path.exists():
             raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
         return read_csv(self.scores_path, "img", "dice")
 
     def out_of_fold_dice(self) -> float | None:
         """Mean Dice of the images that a fold has scored; None where the run has no scores."""
-        if not self.has_scores:
+        if not self.scores_path.exists():
             return None
         scores = self.scores()
         return float(scores.loc[scores["fold"] >= 0, "dice"].mean())

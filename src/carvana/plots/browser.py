@@ -81,7 +81,7 @@ class Browser(VBox):  # type: ignore[misc]  # ipywidgets has no types
         """Take the images that the run has networks for, in the order that is asked for, and show the first."""
         run, samples = self.runs[self.run.value], self.competition.samples
         fold_of, scored_folds = run.folds().set_index("car")["fold"], [HOLDOUT, *run.checkpoints()]
-        dices = run.scores().set_index("img")["dice"] if run.has_scores else pd.Series(dtype=float)
+        dices = run.scores().set_index("img")["dice"] if run.scores_path.exists() else pd.Series(dtype=float)
         table = samples.assign(fold=samples["car"].map(fold_of), dice=samples["img"].map(dices))
         columns, ascending = ORDERS[self.order.value]
         table = table[table["fold"].isin(scored_folds)]

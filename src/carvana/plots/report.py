@@ -66,7 +66,7 @@ def _rendered(template: str, **values: Any) -> str:
 
 
 def _contents(run: Run, submissions_dir: Path | None) -> dict[str, Any]:
-    scores, histories = run.scores() if run.has_scores else None, run.histories()
+    scores, histories = run.scores() if run.scores_path.exists() else None, run.histories()
     figures, left_out, room = _figures(run.worst_dir.parent)
     timings = {name: f"{step['seconds'] / 60:.1f} minutes" for name, step in sorted(run.note("steps").items())}
     return {
