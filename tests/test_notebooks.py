@@ -92,7 +92,7 @@ def test_scores_of_the_notebooks_are_those_in_the_files(place, lines):
     assert f"{scores[scores['fold'] >= 0]['dice'].mean():.6f}" in text
     assert f"{scores[scores['fold'] == -1]['dice'].mean():.6f}" in text
     history = pd.read_csv(run / "fold0" / "history.csv")
-    assert f"{history['iou'].iloc[0]:.6f} untrained" in outputs(run / "notebooks" / "03_train_fold0.ipynb")
+    assert f"{history['iou'].iloc[0]:.6f} before training" in outputs(run / "notebooks" / "03_train_fold0.ipynb")
 
 
 def test_a_second_run_skips_every_step(place, lines, capsys):

@@ -25,7 +25,7 @@ def test_the_net_holds(fake):
 
 def test_no_credentials(monkeypatch, tmp_path):
     home = hide_credentials(monkeypatch, tmp_path)
-    refused("No Kaggle credentials.*kaggle.json.example", download.download, tmp_path)
+    refused("No Kaggle credentials.*access_token", download.download, tmp_path)
     (home / ".kaggle" / "kaggle.json").write_text((Path(__file__).parents[2] / "kaggle.json.example").read_text())
     refused("still holds the example", client.credentials_source)
     (home / ".kaggle" / "kaggle.json").write_text('{"username": "a"}')

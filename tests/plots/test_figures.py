@@ -81,7 +81,7 @@ def test_mean_mask_shows_mean_and_spread_of_each_view(samples):
     figure = draw(plots.mean_mask(samples))
     shown = [ax for ax in images(figure) if ax.get_title()]
     assert [ax.get_title() for ax in shown[15:17]] == ["view 16", "view 1"]  # means, then spreads
-    assert [bar.get_ylabel() for bar in figure.axes[-2:]] == ["cars that cover it", "spread (sigma)"]
+    assert [bar.get_ylabel() for bar in figure.axes[-2:]] == ["cars that cover it", "standard deviation"]
     mean, spread = (shown[at].images[0].get_array() for at in (0, 16))
     assert mean.shape == (5, 8)  # an eighth of 40 x 60, rounded
     assert mean.mean() == pytest.approx((100 + 400) / 2 / 2400, abs=0.003)
@@ -246,7 +246,7 @@ def test_a_variant_is_told_by_what_it_lacks():
 def test_test_areas_count_what_lies_outside_the_training_range():
     train, test = pd.DataFrame({"area": [0.1, 0.2, 0.3]}), pd.DataFrame({"area": [0.2, 0.2, 0.5]})
     (ax,) = draw(explore.test_areas(test, train)).axes
-    assert title(ax) == "Middle area 20.0% against 20.0% in training; 1 of 3 outside the training range"
+    assert title(ax) == "Median area 20.0% against 20.0% in training; 1 of 3 outside the training range"
 
 
 def test_a_saved_figure_is_a_png_and_is_handed_back_to_be_shown(tmp_path):

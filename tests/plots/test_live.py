@@ -91,7 +91,7 @@ def test_the_strip_has_a_row_an_image_and_a_column_an_epoch(watched):
     axes = [ax for ax in live.edge_strip(trainer).axes if ax.images]
     row = trainer.preview_rows[0]
     epochs = [f"epoch {i}" for i in (1, 2, 3, 4)]
-    assert [ax.get_title() for ax in axes[:6]] == [trainer.samples["img"].iloc[row][:-4], "untrained", *epochs]
+    assert [ax.get_title() for ax in axes[:6]] == [trainer.samples["img"].iloc[row][:-4], "before training", *epochs]
     assert len(axes) == 24
     image, target = trainer.source[row]
     window = overlays.densest(overlays.edge_pixels(target > 127), live.STRIP_SHARE)
