@@ -135,6 +135,7 @@ def test_soft_masks_that_05_keeps_are_learnt_from_by_03(place, lines):
     assert (place / "runs" / "student" / "fold0" / "best.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_papermill_alone_trains_a_fold_with_a_profile_from_anywhere(place, lines, tmp_path):
     options = {"data_dir": place / "data", "runs_dir": tmp_path / "runs", "encoder_weights": "", "fold": 1}
     options |= {"height": 32, "width": 64, "epochs": 1, "n_folds": 2}
@@ -170,6 +171,7 @@ def test_a_notebook_runs_by_hand_from_its_own_folder(place, lines):
     assert len(images) >= 4
 
 
+@pytest.mark.slow
 def test_a_changed_parameter_runs_only_what_depends_on_it(place, lines, capsys):
     pipeline.run(place / "tiny.yaml", {"tta": "none"})
     running = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("running")]
