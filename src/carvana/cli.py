@@ -167,12 +167,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_commands(commands: Commands) -> None:
     run = _command(commands, "run", _run, "run the notebooks with a profile")
     run.add_argument("profile", type=Path, help="a YAML file of parameters, such as profiles/demo.yaml")
-    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    repeated = "a parameter in the place of the profile's, may be repeated; `carvana params` lists them"
+    run.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=repeated
+    )
     _command(commands, "params", _params, "list the parameters of all notebooks")
     doctor = _command(commands, "doctor", _doctor, "say what this machine has for a run, and what to do about the rest")
     doctor.add_argument("profile", type=Path, nargs="?", help="the YAML file that shall run; default: none")
     compare = _command(commands, "compare", _compare, "compare the out-of-fold Dice of runs, image by image")
-    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="names in the folder of all runs")
     compare.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
     export = _command(commands, "export", _export, "write a trained network for programs without this package")
     export.add_argument("source", type=Path, help="a run's folder, a checkpoint or an ensemble.json")
@@ -183,27 +186,27 @@ def _add_run_commands(commands: Commands) -> None:
 
 def _add_data_commands(commands: Commands) -> None:
     demo = _command(commands, "demo-data", _demo_data, "write the built-in demo competition")
-    demo.add_argument("folder", type=Path)
+    demo.add_argument("folder", type=Path, help="where it is written")
     demo.add_argument("--cars", type=int, default=12, help="cars to train on, 16 images each")
-    demo.add_argument("--test-cars", type=int, default=4)
-    demo.add_argument("--seed", type=int, default=1)
+    demo.add_argument("--test-cars", type=int, default=4, help="cars of the test set, 16 images each")
+    demo.add_argument("--seed", type=int, default=1, help="another one draws other cars")
     download = _command(commands, "download", _download, "fetch the competition's files from Kaggle")
-    download.add_argument("--data-dir", type=Path, default=Path("data/carvana"))
+    download.add_argument("--data-dir", type=Path, default=Path("data/carvana"), help="folder to fill")
     download.add_argument("--files", nargs="+", help="names on Kaggle; default: what training and prediction need")
     download.add_argument("--hq", action="store_true", help="the _hq images instead of the usual ones")
 
 
 def _add_submission_commands(commands: Commands) -> None:
     validate = _command(commands, "validate", _validate, "check a submission file")
-    validate.add_argument("file", type=Path)
+    validate.add_argument("file", type=Path, help="the submission: csv, csv.gz or csv.zip")
     _add_expected(validate)
     score = _command(commands, "score", _score, "score a submission against true masks")
-    score.add_argument("file", type=Path)
+    score.add_argument("file", type=Path, help="the submission: csv, csv.gz or csv.zip")
     score.add_argument("--truth", type=Path, required=True, help="csv of img,rle_mask")
     score.add_argument("--csv", type=Path, help="write a row per image to this file")
     submit = _command(commands, "submit", _submit, "validate, upload and wait for the score")
-    submit.add_argument("file", type=Path)
-    submit.add_argument("-m", "--message", required=True)
+    submit.add_argument("file", type=Path, help="the submission: csv, csv.gz or csv.zip")
+    submit.add_argument("-m", "--message", required=True, help="its description on Kaggle")
     submit.add_argument("--yes", action="store_true", help="do not ask")
     submit.add_argument("--again", action="store_true", help="send a file anew that was, or may have been, sent before")
     submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
@@ -232,7 +235,7 @@ def _add_kernel_commands(commands: Commands) -> None:
     build.add_argument("--python", default="3.12", help="version that Kaggle runs")
     build.add_argument("--no-wheels", action="store_true", help="trust that Kaggle has all requirements")
     push = _command(kernel_commands, "push", _kernel_push, "bring the folder to Kaggle and start the run there")
-    push.add_argument("folder", type=Path)
+    push.add_argument("folder", type=Path, help="what `carvana kernel build` has written")
     push.add_argument("--resume", action="store_true", help="go on from the output of the last version")
     push.add_argument("--wait", action="store_true", help="follow it to its end and fetch its output; can be repeated")
     push.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs, for --wait")
