@@ -161,7 +161,7 @@ def _draw_dice(ax: Axes, history: pd.DataFrame) -> None:
     text = f"best, epoch {best['epoch']:g}"
     ax.axvline(best["epoch"], color=style.HIGHLIGHT_COLOUR, linewidth=2, zorder=0, label=text)
     ax.legend(fontsize=style.FONT_SIZE - 1.5)
-    title = f"Best Dice {best['dice']:.6f}, before training {history['dice'].iloc[0]:.6f}"
+    title = f"Best Dice {best['dice']:.6f}, at first {history['dice'].iloc[0]:.6f}"
     style.label(ax, title, "epoch", "mean Dice (logit scale)", count="x")
     style.scale(ax, "y", "logit")
 
