@@ -87,7 +87,7 @@ def page(options: argparse.Namespace) -> str:
     return f"""# What pays in a short training
 
 Each arm trains fold 0 of 2 for what {options.steps} steps of `base` cost, and is scored on 400 images of 50 cars that
-it has not seen, at 512x512, without test-time views. Difference and interval are of the mean over seeds, paired over
+it has not seen, at 512x512, without tta. Difference and interval are of the mean over seeds, paired over
 cars. The cost of a step is relative to `base`, measured side by side in one run.
 
 Machine: {machine()}.
@@ -111,18 +111,21 @@ def table() -> list[str]:
     seeds = " | ".join(f"Dice, seed {seed}" for seed in SEEDS)
     lines = [f"| arm | change | steps | a step costs | {seeds} | difference | 95 % interval |"]
     lines.append("|---" * (6 + len(SEEDS)) + "|")
-    base = None
-    for name, (change, _) in ARMS.items():
-        paths = [ARM_RESULTS / f"{name}_{seed}.json" for seed in SEEDS]
-        if not all(path.exists() for path in paths):
-            continue
-        arms = [json.loads(path.read_text()) for path in paths]
-        dices = np.array([arm["dice"] for arm in arms])
-        base = dices if base is None else base
-        gain, low, high = mean_over_cars((dices - base).mean(0), arms[0]["cars"])
-        cells = [name, change, f"{arms[0]['steps']}", f"{arms[0]['cost']:.2f}"]
-        cells += [f"{dice:.6f}" for dice in dices.mean(1)]
-        cells += [f"{gain:+.6f}", f"{low:+.6f} to {high:+.6f}"] if dices is not base else ["", ""]
+    paths = {name: [ARM_RESULTS / f"{name}_{seed}.json" for seed in SEEDS] for name in ARMS}
+    done = {
+        name: [json.loads(p.read_text()) for p in of_arm]
+        for name, of_arm in paths.items()
+        if all(map(Path.exists, of_arm))
+    }
+    dices = {name: np.array([arm["dice"] for arm in arms]) for name, arms in done.items()}
+    for name, (arm, *_) in done.items():
+        cells = [name, ARMS[name][0], f"{arm['steps']}", f"{arm['cost']:.2f}"]
+        cells += [f"{dice:.6f}" for dice in dices[name].mean(1)]
+        if name != "base" and "base" in done:
+            gain, low, high = mean_over_cars((dices[name] - dices["base"]).mean(0), arm["cars"])
+            cells += [f"{gain:+.6f}", f"{low:+.6f} to {high:+.6f}"]
+        else:
+            cells += ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

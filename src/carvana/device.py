@@ -63,6 +63,11 @@ def _unusable() -> str:
     return f"the GPU has compute capability {major}.{minor}, and torch {torch.__version__} needs {oldest} or more"
 
 
+def moved(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The batch on a device; on CUDA nothing waits for it: one of Apple's GPUs would read memory that is freed."""
+    return batch.to(device, non_blocking=device.type == "cuda")
+
+
 def precision(amp: str) -> str:
     """The mixed precision that `amp` means on the device: "no", "fp16" or "bf16"."""
     if amp not in PRECISIONS:

@@ -247,7 +247,7 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, t
     for name, batch_size, options in (("one", 4, []), ("two", 2, ["-m", *launch])):
         begun(shared_competition, tmp_path / name, batch_size=batch_size)
         opened = json.dumps(Competition(shared_competition).parameters)
-        command = [sys.executable, *options, str(script), str(tmp_path), name, "0", opened, "0", "-1"]
+        command = [sys.executable, *options, str(script), str(tmp_path / name), "0", opened, "0", "-1"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
     one, two = (load_file(tmp_path / run / "fold0" / "last.safetensors") for run in ("one", "two"))

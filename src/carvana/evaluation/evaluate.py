@@ -98,18 +98,23 @@ def gains(scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for column in scores.columns[scores.columns.str.startswith("dice:")]:
         scored = scores[scores[column].notna()]
-        whole = scored["dice:equal" if "dice:equal" in scores and column != "dice:equal" else "dice"]
+        whole = scored["dice" if column == "dice:equal" else _dice_of_equals(scores)]
         gain = metrics.mean_over_cars(whole - scored[column], scored["car"])
         variant = column.removeprefix("dice:")
         rows.append((variant, scored[column].mean(), whole.mean(), *gain, len(scored)))
     return pd.DataFrame(rows, columns=["variant", "dice", "ensemble", "gain", "low", "high", "images"])
 
 
+def _dice_of_equals(scores: pd.DataFrame) -> str:
+    """The column of Dice with equal weights at 0.5."""
+    return "dice:equal" if "dice:equal" in scores else "dice"
+
+
 def by_threshold(scores: pd.DataFrame) -> pd.DataFrame:
     """All runs as equals, cut at each threshold: threshold, mean Dice, gain over 0.5 and its paired 95 % interval."""
     columns = {float(name.partition("@")[2]): name for name in scores.columns if name.startswith("try:")}
     rows = []
-    half = "dice:equal" if "dice:equal" in scores else "dice"
+    half = _dice_of_equals(scores)
     for threshold, column in sorted((columns | {0.5: half}).items()):
         gain = metrics.mean_over_cars(scores[column] - scores[half], scores["car"])
         rows.append((threshold, scores[column].mean(), *gain))

@@ -124,8 +124,7 @@ class Ensemble:
 
     def forward(self, images: dict[Size, torch.Tensor], full_precision: bool = False) -> list[torch.Tensor]:
         """`predict_logits` unchecked, so that nothing waits for the device; full_precision: float32 throughout."""
-        on_gpu = self.device.type == "cuda"  # one of Apple's would read memory that is freed meanwhile
-        on_device = {size: batch.to(self.device, non_blocking=on_gpu) for size, batch in images.items()}
+        on_device = {size: device.moved(batch, self.device) for size, batch in images.items()}
         logits = []
         for model, dtype in zip(self.models, self.dtypes, strict=True):
             batch = on_device[model.config.height, model.config.width]

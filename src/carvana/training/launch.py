@@ -6,6 +6,7 @@
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -35,7 +36,7 @@ def train(
     try:
         if trainer.processes.count > 1 and not connected():
             opened = json.dumps(trainer.competition.parameters)
-            arguments = [run.runs_dir, run.name, trainer.fold, opened, max_hours, workers]
+            arguments = [run.folder, trainer.fold, opened, max_hours, workers]
             launch("carvana.training.launch", arguments, trainer.processes, on_epoch)
             state.resume()
         else:
@@ -46,13 +47,12 @@ def train(
     return trainer.history
 
 
-def main(runs_dir: str, run_name: str, fold: str, opened: str, *limits: str) -> None:
-    """Train a fold of a run that has begun, as one of the processes that share it.
+def main(folder: str, fold: str, opened: str, max_hours: str, workers: str) -> None:
+    """Train a fold of the run in `folder`, which has begun, as one of the processes that share it.
 
-    opened: `Competition.parameters` as JSON, since data may lie elsewhere than when the run began. limits: max_hours
-    and workers.
+    opened: `Competition.parameters` as JSON, since data may lie elsewhere than when the run began.
     """
-    run, (max_hours, workers) = Run(runs_dir, run_name), limits
+    run = Run(Path(folder).parent, Path(folder).name)
     recipe, competition = Recipe.from_parameters(run.parameters()), Competition(**json.loads(opened))
     trainer = Trainer(run, competition, recipe, int(fold), Processes(process_count()))
     train(trainer, float(max_hours), int(workers))

@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 
 from carvana.data.dataset import resized
-from carvana.device import best, precision
+from carvana.device import best, moved, precision
 from carvana.errors import UserError
 from carvana.files import atomic
 from carvana.models import SegmentationModel, load_checkpoint, load_encoder
@@ -89,8 +89,7 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         with self.accelerator.accumulate(self.model):
-            on_gpu = self.device.type == "cuda"  # one of Apple's would read memory that is freed meanwhile
-            images, targets = (part.to(self.device, non_blocking=on_gpu) for part in (images, targets))
+            images, targets = (moved(part, self.device) for part in (images, targets))
             size = size_at(images.shape[1:3], self.recipe.start_size, self.step / self.total_steps)
             if size != images.shape[1:3]:
                 images, targets = resized(images, targets, size)
