@@ -2,7 +2,7 @@
 
 seed   the original write-up's recipe at 512x512: minutes until the unseen cars' IoU is 0.99
 best   the h100 profile at 512x512 on all folds that fit into the time: each fold, then all, on cars held out
-speed  images a second of training against the device's peak and against the loader
+speed  images a second of training against the device's peak and against the loader, and where a step's time goes
 
 python bench/gpu.py seed best speed --data FOLDER [--encoder-weights FILE] [--minutes 8]
 """
@@ -11,8 +11,11 @@ import argparse
 import os
 import shutil
 import time
+from collections import Counter
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from common import recipe_of, state_for_steps, trainer_in, write
@@ -24,6 +27,7 @@ from carvana.evaluation import evaluate
 from carvana.run import Run
 from carvana.training import Recipe
 from carvana.training.launch import train
+from carvana.training.state import TrainState
 
 
 def seed(options: argparse.Namespace) -> dict:
@@ -75,19 +79,29 @@ def _peak(n: int = 8192) -> float:
     return 2 * n**3 / min(_seconds(lambda: a @ a) for _ in range(5))
 
 
+def _finish() -> None:
+    """Wait for what the device has been told to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _seconds(work, times: int = 10) -> float:
     work()
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else int
-    synchronise()
+    _finish()
     began = time.perf_counter()
     for _ in range(times):
         work()
-    synchronise()
+    _finish()
     return (time.perf_counter() - began) / times
 
 
 def step_speed(recipe: Recipe, peak: float) -> dict:
-    """Images a second of a training step, its share of the device's `peak` FLOP/s, and its memory in GB."""
+    """What a training step does, as the median of five rounds of ten steps.
+
+    images_per_s with its spread; share_of_peak: of the device's `peak` FLOP/s; memory_gb: the most that torch held;
+    host_ms: until the host has told the device all of a step, which sets the pace where it exceeds ms; parts_ms: of the
+    step's parts, each waited for.
+    """
     state = state_for_steps(recipe)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -96,12 +110,45 @@ def step_speed(recipe: Recipe, peak: float) -> dict:
     targets = images[..., 0].contiguous()
     with FlopCounterMode(display=False) as counter:
         state.train_step(images, targets)
-    seconds = min(_seconds(lambda: state.train_step(images, targets)) for _ in range(3))
+    rounds = sorted(_seconds(lambda: state.train_step(images, targets)) for _ in range(5))
+    began = time.perf_counter()
+    state.train_step(images, targets)
+    host = time.perf_counter() - began
     return {
-        "images_per_s": recipe.batch_size / seconds,
-        "share_of_peak": counter.get_total_flops() / seconds / peak,
+        "images_per_s": recipe.batch_size / rounds[2],
+        "spread": [recipe.batch_size / rounds[-1], recipe.batch_size / rounds[0]],
+        "share_of_peak": counter.get_total_flops() / rounds[2] / peak,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if state.device.type == "cuda" else None,
+        "ms": 1000 * rounds[2],
+        "host_ms": 1000 * host,
+        "parts_ms": _parts(state, images, targets),
     }
+
+
+def _parts(state: TrainState, images: torch.Tensor, targets: torch.Tensor, steps: int = 5) -> dict[str, float]:
+    """Mean milliseconds of the parts of a step, each begun when the device is idle and waited for."""
+    places = {"forward": (state.model, "forward"), "backward": (state.accelerator, "backward")}
+    places |= {"clip": (state.accelerator, "clip_grad_norm_"), "optimizer": (state.optimizer, "step")}
+    places |= {"ema": (state.ema, "update")} if state.ema else {}
+    spent: Counter[str] = Counter()
+
+    def timed(part: str, work):
+        def call(*args, **kwargs):
+            _finish()
+            began = time.perf_counter()
+            result = work(*args, **kwargs)
+            _finish()
+            spent[part] += 1000 * (time.perf_counter() - began) / steps
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for part, (owner, method) in places.items():
+            patches.enter_context(patch.object(owner, method, timed(part, getattr(owner, method))))
+        for _ in range(steps):
+            state.train_step(images, targets)
+    return {part: round(milliseconds, 2) for part, milliseconds in spent.items()}
 
 
 def _loader_speed(options: argparse.Namespace, height: int, width: int) -> float:

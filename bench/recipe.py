@@ -1,61 +1,105 @@
 """Arms of the recipe at equal cost: what each change does to the Dice of unseen cars, with its paired interval.
 
-Every arm trains fold 0 of 2 for the time that `--steps` steps of the first arm take. That time is counted in steps,
-through the arms' costs of a step measured side by side in the same run, so a busy machine does not change a result.
-Seeds change weights, order and augmentation; the folds are the same.
+Every arm trains fold 0 of 2 for the time that `--steps` steps of `base` take on a CPU. That time is counted in steps,
+through the arms' costs of a step measured side by side, so a busy machine does not change a result. The costs are kept
+in results/recipe/costs.json, so that the training itself can be done on any device. Seeds change weights, order and
+augmentation; the folds are the same.
 
-python bench/recipe.py --data ../carvana512 --encoder-weights lite0.safetensors --steps 300 base adamw
+python bench/recipe.py --data ../carvana512 --encoder-weights lite0.safetensors base adamw
 """
 
 import argparse
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import torch
 from common import RESULTS, machine, recipe_of, tame_allocator, trainer_in
+from torch import nn
 
 from carvana.data import Competition
 from carvana.device import precision
 from carvana.files import write_text
 from carvana.metrics import dice, error_shares, mean_over_cars
-from carvana.models import SegmentationModel
+from carvana.models import ModelConfig, SegmentationModel, build_network
 from carvana.run import Run
 from carvana.training.launch import train
 from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe, size_at
 from carvana.training.state import optimizer_of
 
-# What all arms share, whatever the profile has learnt from them since: profiles/cpu.yaml at half its size.
+# What all arms share, whatever the profile has learnt from them since.
 SHARED = {
-    "encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8", "height": 256, "width": 256,
-    "batch_size": 4, "lr": 4e-3, "optimizer": "nmuon", "epochs": 100, "validate_every": 100,
+    "encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8", "height": 512, "width": 512,
+    "start_size": 0.5, "batch_size": 4, "lr": 4e-3, "optimizer": "nmuon", "epochs": 100, "validate_every": 100,
 }  # fmt: skip
 SEEDS = 1, 2
 ARM_RESULTS = RESULTS / "recipe"  # a file for every arm and seed
 # name: (what differs from base, the recipe's changes)
 ARMS = {
-    "base": ("Muon with lr 0.004, batch 4, 256x256, mirrored, brightness and contrast by 20 %", {}),
+    "base": ("Muon with lr 0.004, batch 4, 256x256 growing to 512x512, mirrored, brightness and contrast by 20 %", {}),
     "adamw": ("AdamW with lr 0.002 in the place of Muon", {"optimizer": "adamw", "lr": 2e-3}),
     "lr2": ("lr 0.002", {"lr": 2e-3}),
+    "lr8": ("lr 0.008", {"lr": 8e-3}),
+    "batch2": ("batch 2", {"batch_size": 2}),
     "batch8": ("batch 8", {"batch_size": 8}),
-    "growing": ("128x128 growing to 256x256", {"start_size": 0.5}),
+    "full": ("512x512 from the first step", {"start_size": 1.0}),
     "plain": ("no change of brightness and contrast", {"brightness": 0.0, "contrast": 0.0}),
     "colour": ("hue turned by 5 %, saturation by 20 %", {"hue": 0.05, "saturation": 0.2}),
     "affine": ("scaled by 10 %, shifted by 5 %", {"scale": 0.1, "shift": 0.05}),
+    "boundary": ("pixels at the edge count 5 times", {"loss": "boundary"}),
+    "wide": ("decoder twice as wide", {"decoder_channels": "256,128,64,32,16"}),
+    "dilated": ("U-Net with a dilated bottleneck", {}),
+    "unetplusplus": ("U-Net++, the same widths", {"arch": "unetplusplus"}),
+    "fpn": ("FPN, its own widths", {"arch": "fpn", "decoder_channels": ""}),
+    "segformer": ("the decoder of SegFormer, its own widths", {"arch": "segformer", "decoder_channels": ""}),
+    "upernet": ("UPerNet, its own widths", {"arch": "upernet", "decoder_channels": ""}),
 }
+
+
+class DilatedBottleneck(nn.Module):
+    """(B, C, h, w) -> the same: the features, and what convolutions dilated by 1, 2, 4 and 8 in a row add to them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        layers = (
+            [nn.Conv2d(channels, channels, 3, padding=n, dilation=n), nn.ReLU(inplace=True)] for n in (1, 2, 4, 8)
+        )
+        self.layers = nn.ModuleList(nn.Sequential(*layer) for layer in layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = x
+        for layer in self.layers:
+            x = layer(x)
+            total = total + x
+        return total
+
+
+def dilated(config: ModelConfig) -> nn.Module:
+    """The network of a recipe with a dilated bottleneck."""
+    network = build_network(config)
+    network.decoder.center = DilatedBottleneck(network.encoder.out_channels[-1])
+    return network
+
+
+def network_of(arm: str):
+    """Within it, networks are those of the arm."""
+    return patch("carvana.models.build_network", dilated) if arm == "dilated" else nullcontext()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder-weights", required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600, help="of base: default, 2400 images, a quarter of cpu's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     parser.add_argument("--scores", type=Path, help="scores.csv of a finished run, to say where its lost Dice sits")
     parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; none: write the table anew")
@@ -68,29 +112,33 @@ def main() -> None:
 def train_arms(options: argparse.Namespace) -> None:
     """Train the arms that are not done yet."""
     recipes = {name: recipe_of_arm(name, options.encoder_weights) for name in options.arms}
-    costs = step_costs(recipes)
-    print(pd.Series(costs).round(3).to_string(), flush=True)
-    for seed, (name, arm_recipe) in product(SEEDS, recipes.items()):
+    costs = kept_costs(options.arms, options.encoder_weights)
+    for seed, (name, arm_recipe) in product(options.seeds, recipes.items()):
         path, recipe = ARM_RESULTS / f"{name}_{seed}.json", replace(arm_recipe, seed=seed)
         facts = asdict(recipe) | {"encoder_weights": Path(recipe.encoder_weights).name}
         if path.exists() and json.loads(path.read_text())["recipe"] == facts:
             continue  # done by an earlier call
-        cost = costs[name] / costs[options.arms[0]]
+        cost = costs[name] / costs["base"]
         arm = {"machine": machine(), "cost": cost, "steps": round(options.steps / cost)}
-        arm |= train_for(recipe, options.data, options.folder / name, arm["steps"]) | {"recipe": facts}
+        with network_of(name):
+            folder = options.folder / f"{name}_{seed}"
+            arm |= train_for(recipe, options.data, folder, arm["steps"]) | {"recipe": facts}
         write_text(path, json.dumps(arm) + "\n")
         print(f"{name}, seed {seed}: {arm['steps']} steps, Dice {np.mean(arm['dice']):.6f}", flush=True)
 
 
 def page(options: argparse.Namespace) -> str:
     """The table of all arms that are done, and what was not measured."""
+    costs = json.loads((ARM_RESULTS / "costs.json").read_text())
+    machines = sorted({json.loads(path.read_text())["machine"] for path in ARM_RESULTS.glob("*_[0-9].json")})
     return f"""# What pays in a short training
 
-Each arm trains fold 0 of 2 for what {options.steps} steps of `base` cost, and is scored on 400 images of 50 cars that
-it has not seen, at 512x512, without tta. Difference and interval are of the mean over seeds, paired over
-cars. The cost of a step is relative to `base`, measured side by side in one run.
+Each arm trains fold 0 of 2 for what {options.steps} steps of `base` cost on a CPU, and is scored on 400 images of 50
+cars that it has not seen, at 512x512, without tta. Difference and interval are of the mean over the seeds that an arm
+shares with `base`, paired over cars; it does not hold the spread between seeds. The cost of a step is relative to
+`base`, measured side by side in one run on: {costs["machine"]}.
 
-Machine: {machine()}.
+Trained on: {"; ".join(machines)}.
 Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --steps {options.steps} ARM ...`.
 
 {chr(10).join(table())}
@@ -102,32 +150,35 @@ Post-processing is left out because it does nothing here: on 240 images of 15 un
 Dice 0.9940, dropping blobs changed it by +0.000001 to +0.000003, filling holes by -0.000002 to +0.000003, closing and
 opening by 5 pixels by -0.000003 and -0.000002, as many images losing as gaining.
 
-Not measured: other encoders and 640x960 (a GPU is needed), the decoder's width, label exclusion.
+Version 0.2.0 compared Muon, AdamW, learning rates and batches at 384x384: [recipe_0.2.0.md](recipe_0.2.0.md).
+
+Not measured: other encoders, label exclusion.
 {where(options.scores) if options.scores else ""}"""
 
 
 def table() -> list[str]:
-    """A row an arm of which every seed is done, compared with base."""
+    """A row an arm that is done, compared with base over the seeds that both have."""
     seeds = " | ".join(f"Dice, seed {seed}" for seed in SEEDS)
     lines = [f"| arm | change | steps | a step costs | {seeds} | difference | 95 % interval |"]
     lines.append("|---" * (6 + len(SEEDS)) + "|")
-    paths = {name: [ARM_RESULTS / f"{name}_{seed}.json" for seed in SEEDS] for name in ARMS}
+    paths = {name: {seed: ARM_RESULTS / f"{name}_{seed}.json" for seed in SEEDS} for name in ARMS}
     done = {
-        name: [json.loads(p.read_text()) for p in of_arm]
+        name: {seed: json.loads(path.read_text()) for seed, path in of_arm.items() if path.exists()}
         for name, of_arm in paths.items()
-        if all(map(Path.exists, of_arm))
     }
-    dices = {name: np.array([arm["dice"] for arm in arms]) for name, arms in done.items()}
-    for name, (arm, *_) in done.items():
+    for name, of_arm in done.items():
+        if not of_arm:
+            continue
+        arm = next(iter(of_arm.values()))
         cells = [name, ARMS[name][0], f"{arm['steps']}", f"{arm['cost']:.2f}"]
-        cells += [f"{dice:.6f}" for dice in dices[name].mean(1)]
-        if name != "base" and "base" in done:
-            gain, low, high = mean_over_cars((dices[name] - dices["base"]).mean(0), arm["cars"])
-            cells += [f"{gain:+.6f}", f"{low:+.6f} to {high:+.6f}"]
-        else:
-            cells += ["", ""]
+        cells += [f"{np.mean(of_arm[seed]['dice']):.6f}" if seed in of_arm else "" for seed in SEEDS]
+        shared = [seed for seed in of_arm if seed in done["base"] and name != "base"]
+        gains = [np.subtract(of_arm[seed]["dice"], done["base"][seed]["dice"]) for seed in shared]
+        gain, low, high = mean_over_cars(np.mean(gains, 0), arm["cars"]) if gains else (0.0, 0.0, 0.0)
+        cells += [f"{gain:+.6f}", f"{low:+.6f} to {high:+.6f}"] if gains else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    missing = [name for name, of_arm in done.items() if not of_arm]
+    return [*lines, "", f"Not measured: the arms {', '.join(missing)}."] if missing else lines
 
 
 def where(path: Path) -> str:
@@ -153,16 +204,39 @@ def recipe_of_arm(name: str, weights: str) -> Recipe:
     return recipe_of(**SHARED | {"encoder_weights": weights} | ARMS[name][1])
 
 
-def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
-    """Seconds of an arm's middle step, smaller ones counted by their pixels; the arms take turns."""
-    steps = {name: stepper(recipe) for name, recipe in recipes.items()}
-    seconds = {name: [] for name in steps}
+def kept_costs(names: list[str], weights: str) -> dict[str, float]:
+    """The cost of a step of `base` and the arms on a CPU: as costs.json has it, or measured and written there."""
+    path, names = ARM_RESULTS / "costs.json", list(dict.fromkeys(["base", *names]))
+    kept = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    if set(names) <= set(kept):
+        return kept
+    seconds = step_costs(names, weights)
+    write_text(path, json.dumps({"machine": machine(), "seconds": seconds}, indent=1) + "\n")
+    print(pd.Series(seconds).round(3).to_string(), flush=True)
+    return seconds
+
+
+def step_costs(names: list[str], weights: str, rounds: int = 4, **changes) -> dict[str, float]:
+    """Seconds of an arm's middle step, smaller ones counted by their pixels; the arms take turns.
+
+    Arms that compute the same, whatever their learning rate and augmentation, share one measurement.
+    """
+    recipes = {name: replace(recipe_of_arm(name, weights), **changes) for name in names}
+    kinds = {
+        name: (name == "dilated", r.model_config, r.optimizer, r.batch_size, r.start_size, r.loss)
+        for name, r in recipes.items()
+    }
+    steps, seconds = {}, {}
+    for name, kind in kinds.items():
+        if kind not in steps:
+            with network_of(name):
+                steps[kind], seconds[kind] = stepper(recipes[name]), []
     for _ in range(rounds):
-        for name, step in steps.items():
+        for kind, step in steps.items():
             began = time.perf_counter()
             step()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(seconds[name][1:])) * pixels(recipe) for name, recipe in recipes.items()}
+            seconds[kind].append(time.perf_counter() - began)
+    return {name: float(np.median(seconds[kind][1:])) * pixels(recipes[name]) for name, kind in kinds.items()}
 
 
 def pixels(recipe: Recipe) -> float:

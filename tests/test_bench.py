@@ -40,18 +40,20 @@ def test_the_step_script_takes_the_packages_own_step_and_the_usual_one(bench):
 def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_competition, tmp_path, monkeypatch):
     script = bench("recipe")
     assert all(script.recipe_of_arm(name, "") for name in script.ARMS)
-    costs = script.step_costs({"base": recipe(epochs=4)}, rounds=2)
+    costs = script.step_costs(["base", "dilated"], "", rounds=2, height=64, width=64)
     arm = script.train_for(recipe(epochs=4), shared_competition, tmp_path / "base", 2)
-    assert costs["base"] > 0
+    assert 0 < costs["base"] < costs["dilated"]
     assert len(arm["dice"]) == len(arm["cars"]) == 4
     monkeypatch.setattr(script, "ARM_RESULTS", tmp_path)
     better = arm | {"dice": [dice + 0.01 for dice in arm["dice"]]}
+    (tmp_path / "costs.json").write_text(json.dumps({"machine": "a CPU", "seconds": costs}))
     for name, dices in (("base_1", arm), ("base_2", arm), ("adamw_1", better), ("adamw_2", arm), ("lr2_1", arm)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(dices | {"cost": 1.0, "steps": 2}))
+        (tmp_path / f"{name}.json").write_text(json.dumps(dices | {"cost": 1.0, "steps": 2, "machine": "a GPU"}))
     page = script.page(argparse.Namespace(steps=2, scores=None))
     assert "| base | Muon" in page
     assert "| +0.005000 | +0.005000 to +0.005000 |" in page  # half of what one of two seeds gains
-    assert "| lr2 |" not in page  # whose second seed is not done
+    assert "|  | +0.000000 | +0.000000 to +0.000000 |" in page  # lr2, whose second seed is not done
+    assert "Not measured: the arms lr8, batch2" in page
 
 
 def test_the_seed_script_changes_what_an_arm_names(bench, shared_competition):

@@ -62,6 +62,7 @@ def gpu(monkeypatch):
     def give(capability):
         monkeypatch.setenv(device.CHOICE, "cuda")
         answers = {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None}
+        answers |= {"is_current_stream_capturing": False}
         answers |= {"get_device_capability": capability, "get_device_properties": properties(capability)}
         for name, answer in {**answers, "get_arch_list": []}.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
@@ -71,6 +72,9 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         monkeypatch.setattr(torch, "Generator", lambda device=None: cpu_generator())
         monkeypatch.setattr("carvana.training.state.SegmentationModel", build)
+        monkeypatch.setattr(device, "recorded", lambda work, on: work)  # fake work cannot be recorded
+        monkeypatch.setattr("carvana.training.state.recorded", device.recorded)
+        monkeypatch.setattr("carvana.training.state.RECORDABLE", ["nmuon"])  # fused Adam has no fake for such an lr
         monkeypatch.setattr("timm.utils.model_ema.deepcopy", lambda model: build(model.config))
         return build
 

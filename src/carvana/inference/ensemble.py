@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ class Ensemble:
         loaded = [load_checkpoint(path) for path in spec.checkpoints]
         self.models = [model.to(self.device) for model, _ in loaded]
         self.dtypes = [DTYPES["no" if facts.get("amp") == "no" else device.precision("auto")] for _, facts in loaded]
+        self._all_tta = [device.recorded(partial(self._stacked, i), self.device) for i in range(len(loaded))]
 
     @classmethod
     def read(cls, path: str | Path) -> "Ensemble":
@@ -126,12 +128,16 @@ class Ensemble:
         """`predict_logits` unchecked, so that nothing waits for the device; full_precision: float32 throughout."""
         on_device = {size: device.moved(batch, self.device) for size, batch in images.items()}
         logits = []
-        for model, dtype in zip(self.models, self.dtypes, strict=True):
+        for i, model in enumerate(self.models):
             batch = on_device[model.config.height, model.config.width]
-            mixed = dtype is not None and not full_precision
-            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=mixed):
-                logits.append(torch.stack([tta_logits(model, batch, name).float() for name in self.spec.tta]))
+            logits.append(self._stacked(i, batch, half=False) if full_precision else self._all_tta[i](batch))
         return logits
+
+    def _stacked(self, i: int, batch: torch.Tensor, half: bool = True) -> torch.Tensor:
+        """Logits of checkpoint i with every tta; half: in the precision that its training had."""
+        model, dtype = self.models[i], self.dtypes[i] if half else None
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return torch.stack([tta_logits(model, batch, name).float() for name in self.spec.tta])
 
 
 def collate(items: list[Item]) -> tuple[dict[Size, torch.Tensor], list[Size], list[int]]:

@@ -1,6 +1,7 @@
 """What a training consists of: network, optimiser and position, saved and resumed exactly; and snapshots to look at."""
 
 import io
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 
 from carvana.data.dataset import resized
-from carvana.device import best, moved, precision
+from carvana.device import best, moved, precision, recorded
 from carvana.errors import UserError
 from carvana.files import atomic
 from carvana.models import SegmentationModel, load_checkpoint, load_encoder
@@ -22,6 +23,7 @@ from carvana.training.losses import loss_named
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 
 FUSED = ("adam", "adamw")  # run in one kernel; so would sgd, but an overflow in its first step breaks its momentum
+RECORDABLE = (*FUSED, "nmuon")  # can take a learning rate that lies on the device
 NEWTON_SCHULZ = muon.zeropower_via_newtonschulz  # of timm: five steps, all products in bf16
 LOGIT_STEPS = 16  # kept logits are whole sixteenths: (n, height, width) int8, about 20 KB an image
 
@@ -47,7 +49,13 @@ class TrainState:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, recipe))
         if self.ema:
             self.ema.to(self.device)
+        self._averaged: list[
+            tuple[list[torch.Tensor], list[torch.Tensor]]
+        ] = []  # floats of average and network, and counters
         self._loss = loss_named(recipe.loss)
+        self._size: tuple[int, ...] = ()  # of the images of the last step
+        self._learn: Callable[..., torch.Tensor] = self._update
+        self._lr_on_device = torch.zeros((), device=self.device) if self._recordable else None
         if path.exists():
             self.resume()
 
@@ -85,25 +93,60 @@ class TrainState:
 
         Returns its loss, which stays on the device so that nothing waits for it.
         """
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        if not self.model.training:  # to say so again takes as long as some layers do
+            self.model.train()
+        self._set_lr()
+        images, targets = (moved(part, self.device) for part in (images, targets))
+        size = size_at(images.shape[1:3], self.recipe.start_size, self.step / self.total_steps)
+        if size != images.shape[1:3]:
+            images, targets = resized(images, targets, size)
+        if size != self._size and self._recordable:
+            self._learn = self._update  # what was recorded of the last size gives its memory back
+            self._learn = recorded(self._update, self.device)
+        self._size = size
         with self.accelerator.accumulate(self.model):
-            images, targets = (moved(part, self.device) for part in (images, targets))
-            size = size_at(images.shape[1:3], self.recipe.start_size, self.step / self.total_steps)
-            if size != images.shape[1:3]:
-                images, targets = resized(images, targets, size)
-            loss = self._loss(self.model(images), targets.float() / 255)
-            self.accelerator.backward(loss)
-            if self.recipe.clip_norm and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            loss = self._learn(images, targets)
         self.step += 1
         if self.ema and self.accelerator.sync_gradients:
-            optimizer_step = self.step // self.recipe.accumulate  # the average warms up with what changes the weights
-            self.ema.update(self.accelerator.unwrap_model(self.model), step=optimizer_step)
+            self._average(self.ema)
+        return loss
+
+    def _update(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Change the weights by what a batch on the device teaches; returns its loss."""
+        loss = self._loss(self.model(images), targets.float() / 255)
+        self.accelerator.backward(loss)
+        if self.recipe.clip_norm and self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.detach()
+
+    @property
+    def _recordable(self) -> bool:
+        """Whether a step can be recorded whole: alone on a CUDA device, and all of it computed there."""
+        alone = self.accelerator.num_processes == self.recipe.accumulate == 1 and not self.accelerator.scaler
+        knows = all("capturable" in group for group in self.optimizer.param_groups)  # Muon of timm does since 1.0.29
+        return self.device.type == "cuda" and alone and knows and self.recipe.optimizer in RECORDABLE
+
+    def _set_lr(self) -> None:
+        """Tell the optimiser the learning rate of this step, where a step is recorded through memory on the device."""
+        on_device = self._lr_on_device
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr if on_device is None else on_device.fill_(self.lr)
+            if "capturable" in group:
+                group["capturable"] = on_device is not None
+
+    def _average(self, ema: ModelEmaV3) -> None:
+        """Move the average towards the network; it warms up with the steps that change the weights."""
+        if not self._averaged:  # listed once: to list them takes the host longer than the rest
+            both = ema.module.state_dict(), self.accelerator.unwrap_model(self.model).state_dict()
+            for wanted in (True, False):
+                old, new = ([part for part in state.values() if part.is_floating_point() == wanted] for state in both)
+                self._averaged.append((old, new))
+        (floats, new_floats), (counters, new_counters) = self._averaged
+        torch._foreach_lerp_(floats, new_floats, 1 - ema.get_decay(self.step // self.recipe.accumulate))
+        if counters:
+            torch._foreach_copy_(counters, new_counters)
 
     def save(self) -> None:
         """Write state.pt, from which alone training goes on."""
@@ -129,6 +172,10 @@ class TrainState:
         self._check_same(contents)
         for name, part in self._parts().items():
             part.load_state_dict(contents[name])
+        counted_there = self._recordable or self.recipe.optimizer in FUSED  # else a step waits for its counter
+        for kept in self.optimizer.state.values():
+            if isinstance(kept.get("step"), torch.Tensor):
+                kept["step"] = kept["step"].to(self.device if counted_there else "cpu")
         torch.set_rng_state(contents["random"].cpu())
         if self.device.type == "cuda" and "cuda_random" in contents:
             torch.cuda.set_rng_state(contents["cuda_random"].cpu(), self.device)

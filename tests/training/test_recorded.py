@@ -1,0 +1,128 @@
+"""Work that a GPU records and replays: the bookkeeping anywhere, and on a CUDA device that nothing else changes."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import recipe
+
+from carvana import device
+from carvana.inference import Ensemble, EnsembleSpec
+from carvana.models import SegmentationModel, save_checkpoint
+from carvana.training.state import TrainState
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs as a CPU can play them: a replay does the recorded work again on the kept inputs."""
+    modes = []
+
+    class Graph:
+        def replay(self):
+            inputs, result = next(record[1:] for record in self.recorder.records.values() if record[0] is self)
+            result.copy_(self.recorder.work(*inputs))
+
+    @contextlib.contextmanager
+    def recording(graph, stream, capture_error_mode):
+        modes.append(capture_error_mode)
+        yield
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+    def recorder(work):
+        Graph.recorder = device.Recorded(work)
+        return Graph.recorder
+
+    recorder.modes = modes
+    return recorder
+
+
+def test_recorded_work_gives_for_every_shape_what_the_work_gives(graphs):
+    recorder = graphs(lambda a, b: (a * b).sum(0))
+    given = [(torch.rand(n, 3), torch.rand(n, 3)) for n in (2, 2, 5, 2, 2, 5, 5, 2, 1, 5, 5, 2, 5)]
+    results = [recorder(*pair) for pair in given]
+    for (a, b), result in zip(given, results, strict=True):
+        assert torch.equal(result, (a * b).sum(0))  # each is kept: later calls do not write into it
+    assert [shapes[0][0] for shapes in recorder.records] == [2, 5]  # of a lone batch of 1 nothing was recorded
+    assert graphs.modes == ["thread_local"] * 2  # the loader's thread copies to the device meanwhile
+
+
+def test_work_that_cannot_be_recorded_is_done_as_it_is_and_said_once(graphs, capsys, monkeypatch):
+    recorder = graphs(lambda a: a + 1)
+
+    @contextlib.contextmanager
+    def failing(*_, **__):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    for n in range(6):
+        assert recorder(torch.tensor([float(n)])).item() == n + 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "carvana: work is not recorded (operation not permitted when stream is capturing), so it is slower."
+    ]
+
+
+def test_on_other_devices_work_is_only_done():
+    assert device.recorded(torch.sum, torch.device("cpu")) is torch.sum
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "nmuon", "sgd"])
+def test_the_average_is_what_its_definition_says(optimizer, tmp_path):
+    """The average of step n is the last one and weight 1 - d of the network; d = 1 - n ** (-2 / 3), at most ema."""
+    state = TrainState(recipe(optimizer=optimizer, height=32, width=32), 0, 9, "data", tmp_path / "state.pt")
+    average = {name: value.clone() for name, value in state.network.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    for n in range(1, 5):
+        images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        state.train_step(images, images[..., 0].contiguous())
+        decay = min(1 - n ** (-2 / 3), 0.9)
+        for name, value in state.model.state_dict().items():
+            average[name] = average[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
+    for name, value in state.network.state_dict().items():
+        torch.testing.assert_close(value, average[name], msg=name)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "nmuon"}, {"optimizer": "adamw"}, {"optimizer": "adam", "ema": 0.0},
+    {"optimizer": "nmuon", "start_size": 0.5}, {"optimizer": "adamw", "amp": "no"},
+])  # fmt: skip
+def test_a_recorded_training_learns_what_an_unrecorded_one_learns(changes, tmp_path, monkeypatch):
+    monkeypatch.setenv(device.CHOICE, "cuda")
+    generator, makers = torch.Generator().manual_seed(1), [device.Recorded, lambda work: work]
+    batches = torch.randint(0, 256, (4, 4, 96, 128, 3), dtype=torch.uint8, generator=generator)
+    losses, made = [], []
+    for make in makers:
+        monkeypatch.setattr(
+            "carvana.training.state.recorded", lambda work, on, make=make: made.append(make(work)) or made[-1]
+        )
+        state = TrainState(recipe(**changes), 0, 24, "data", tmp_path / f"{len(losses)}")
+        steps = [state.train_step(batches[i % 4], batches[i % 4, ..., 0]) for i in range(24)]
+        losses.append(torch.stack(steps).cpu())
+    assert made[0].records
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+
+
+@on_a_gpu
+def test_recorded_predictions_are_those_of_the_network(tmp_path, monkeypatch):
+    monkeypatch.setenv(device.CHOICE, "cuda")
+    config, logits = recipe().model_config, []
+    save_checkpoint(tmp_path / "best.safetensors", SegmentationModel(config).state_dict(), config, amp="bf16")
+    batches = torch.randint(0, 256, (8, 4, config.height, config.width, 3), dtype=torch.uint8)
+    for recorded in (device.recorded, lambda work, on: work):
+        monkeypatch.setattr(device, "recorded", recorded)
+        ensemble = Ensemble(EnsembleSpec.equal([tmp_path / "best.safetensors"], ["none", "hflip"]))
+        logits.append([ensemble.forward({(config.height, config.width): batch})[0].cpu() for batch in batches])
+    torch.testing.assert_close(*logits)
