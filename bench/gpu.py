@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -51,7 +51,9 @@ def best(options: argparse.Namespace) -> dict:
         if minutes and left < 1.3 * 60 * minutes[-1]:
             break
         trainer = trainer_in(run, competition, recipe, fold, 5, cars // 5)
-        minutes.append(train(trainer, max_hours=left / 3600)["seconds"].max() / 60)
+        history = train(trainer, max_hours=left / 3600)
+        minutes.append(history["seconds"].max() / 60)
+        print(f"fold {fold}: {minutes[-1]:.2f} minutes, Dice {history['dice'].max():.6f}", flush=True)
     scores = evaluate([run], competition, ["none", "hflip"]).scores
     unseen = scores[scores["fold"] == HOLDOUT]
     singles = {name: unseen[name].mean() for name in unseen.columns if name.startswith("dice:fold")}
@@ -61,14 +63,22 @@ def best(options: argparse.Namespace) -> dict:
 
 
 def speed(options: argparse.Namespace) -> dict:
-    peak, results = _peak(), {}
+    peak, ends = _peak(), time.monotonic() + options.minutes * 60
+    results = {"peak_tflops": peak / 1e12}
     sizes = ((512, 512), (640, 960)) if torch.cuda.is_available() else ((64, 96),)
-    for profile, (height, width) in product(("seed", "t4x2", "h100"), sizes):
-        changes = {"height": height, "width": width, "encoder_weights": ""}
-        results[f"{profile} {height}x{width}"] = step_speed(recipe_of(f"profiles/{profile}.yaml", **changes), peak)
+    rows = [(profile, *size, True) for profile, size in product(("h100", "t4x2", "seed"), sizes)]
+    rows += [("h100", *size, False) for size in sizes]
+    for profile, height, width, record in rows:
+        if time.monotonic() < ends:
+            recipe = recipe_of(f"profiles/{profile}.yaml", height=height, width=width, encoder_weights="")
+            name = f"{profile} {height}x{width}{'' if record else ' not recorded'}"
+            results[name] = step_speed(recipe, peak, record)
+            print(name, results[name], flush=True)
+            write("gpu_speed", results)
     for height, width in ((512, 512), (640, 960)):
-        results[f"loader {height}x{width}"] = _loader_speed(options, height, width)
-    return results | {"peak_tflops": peak / 1e12}
+        if time.monotonic() < ends:
+            results[f"loader {height}x{width}"] = _loader_speed(options, height, width)
+    return results
 
 
 def _peak(n: int = 8192) -> float:
@@ -95,33 +105,34 @@ def _seconds(work, times: int = 10) -> float:
     return (time.perf_counter() - began) / times
 
 
-def step_speed(recipe: Recipe, peak: float) -> dict:
+def step_speed(recipe: Recipe, peak: float, record: bool = True) -> dict:
     """What a training step does, as the median of five rounds of ten steps.
 
     images_per_s with its spread; share_of_peak: of the device's `peak` FLOP/s; memory_gb: the most that torch held;
-    host_ms: until the host has told the device all of a step, which sets the pace where it exceeds ms; parts_ms: of the
-    step's parts, each waited for.
+    host_ms: until the host has told the device all of a step, which sets the pace where it is as long as ms; parts_ms:
+    of the step's parts, each waited for, where nothing is recorded.
     """
-    state = state_for_steps(recipe)
-    if state.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    shape = recipe.batch_size, recipe.height, recipe.width
-    images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, device=state.device)
-    targets = images[..., 0].contiguous()
-    with FlopCounterMode(display=False) as counter:
+    with nullcontext() if record else patch("carvana.training.state.recorded", lambda work, on: work):
+        state = state_for_steps(recipe)
+        if state.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        shape = recipe.batch_size, recipe.height, recipe.width
+        images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, device=state.device)
+        targets = images[..., 0].contiguous()
+        with FlopCounterMode(display=False) as counter:
+            state.train_step(images, targets)
+        rounds = sorted(_seconds(lambda: state.train_step(images, targets)) for _ in range(5))
+        began = time.perf_counter()
         state.train_step(images, targets)
-    rounds = sorted(_seconds(lambda: state.train_step(images, targets)) for _ in range(5))
-    began = time.perf_counter()
-    state.train_step(images, targets)
-    host = time.perf_counter() - began
-    return {
+        host = time.perf_counter() - began
+        parts = {} if record else {"parts_ms": _parts(state, images, targets)}
+    return parts | {
         "images_per_s": recipe.batch_size / rounds[2],
         "spread": [recipe.batch_size / rounds[-1], recipe.batch_size / rounds[0]],
         "share_of_peak": counter.get_total_flops() / rounds[2] / peak,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if state.device.type == "cuda" else None,
         "ms": 1000 * rounds[2],
         "host_ms": 1000 * host,
-        "parts_ms": _parts(state, images, targets),
     }
 
 
@@ -129,7 +140,6 @@ def _parts(state: TrainState, images: torch.Tensor, targets: torch.Tensor, steps
     """Mean milliseconds of the parts of a step, each begun when the device is idle and waited for."""
     places = {"forward": (state.model, "forward"), "backward": (state.accelerator, "backward")}
     places |= {"clip": (state.accelerator, "clip_grad_norm_"), "optimizer": (state.optimizer, "step")}
-    places |= {"ema": (state.ema, "update")} if state.ema else {}
     spent: Counter[str] = Counter()
 
     def timed(part: str, work):

@@ -67,9 +67,11 @@ def test_the_seed_script_changes_what_an_arm_names(bench, shared_competition):
 
 
 def test_the_gpu_script_measures_steps_on_any_device(bench):
-    speed = bench("gpu").step_speed(recipe(ema=0.0), peak=1e12)
-    assert speed["images_per_s"] > 0
+    speed = bench("gpu").step_speed(recipe(ema=0.0, height=32, width=32), peak=1e12, record=False)
+    low, high = speed["spread"]
+    assert 0 < low <= speed["images_per_s"] <= high
     assert speed["share_of_peak"] > 0
+    assert set(speed["parts_ms"]) == {"forward", "backward", "clip", "optimizer"}
 
 
 def test_the_prediction_script_measures_every_stage(bench, shared_competition):
