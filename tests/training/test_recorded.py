@@ -94,6 +94,27 @@ def test_the_average_is_what_its_definition_says(optimizer, tmp_path):
         torch.testing.assert_close(value, average[name], msg=name)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "nmuon"])
+def test_a_training_that_a_gpu_recorded_goes_on_on_a_cpu(optimizer, tmp_path):
+    """Its learning rate and its counters of steps lie on the GPU; so says the file."""
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+
+    def state(name):
+        return TrainState(recipe(optimizer=optimizer, height=32, width=32), 0, 4, "data", tmp_path / name)
+
+    begun = state("state.pt")
+    begun.train_step(images, images[..., 0].contiguous())
+    begun.save()
+    contents = torch.load(tmp_path / "state.pt", weights_only=True)
+    for group in contents["optimizer"]["param_groups"]:
+        group |= {"lr": torch.tensor(group["lr"]), "capturable": True}
+    torch.save(contents, tmp_path / "recorded.pt")
+    losses = []
+    for resumed in (begun, state("recorded.pt")):
+        losses.append([resumed.train_step(images, images[..., 0].contiguous()).item() for _ in range(2)])
+    assert losses[0] == losses[1]
+
+
 @on_a_gpu
 @pytest.mark.parametrize("changes", [
     {"optimizer": "nmuon"}, {"optimizer": "adamw"}, {"optimizer": "adam", "ema": 0.0},
