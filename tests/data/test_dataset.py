@@ -29,6 +29,12 @@ def test_cache_is_built_where_the_system_cannot_reserve_space(source, tmp_path, 
     assert np.array_equal(cached[3][0], source[3][0])
 
 
+def test_a_file_in_the_place_of_the_caches_folder_is_one_line(source, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=r"cache/.*\.lock could not be locked: .*Choose another folder"):
+        dataset.cached(source, tmp_path / "cache")
+
+
 def test_cache_is_built_once_and_anew_for_another_size(source, tmp_path):
     first = dataset.cached(source, tmp_path).path
     built = first.stat().st_mtime_ns

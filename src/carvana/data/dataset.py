@@ -13,13 +13,12 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from carvana.data.images import Archive, mask_of, read_image
 from carvana.errors import UserError
-from carvana.files import UNREADABLE, atomic, fingerprint
+from carvana.files import UNREADABLE, atomic, fingerprint, locked
 from carvana.grid import Grid
 from carvana.parallel import overlapped, progress
 
@@ -112,8 +111,7 @@ def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSampl
     The file's name holds what it depends on. Folds that start together wait for the one that builds it.
     """
     path = folder / f"{source.key}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock"), "the cache"):
         try:
             return CachedSamples(path)
         except (*UNREADABLE, ValueError):  # not there, or damaged
