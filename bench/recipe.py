@@ -210,18 +210,17 @@ def kept_costs(names: list[str], weights: str) -> dict[str, float]:
     kept = json.loads(path.read_text())["seconds"] if path.exists() else {}
     if set(names) <= set(kept):
         return kept
-    seconds = step_costs(names, weights)
+    seconds = step_costs({name: recipe_of_arm(name, weights) for name in names})
     write_text(path, json.dumps({"machine": machine(), "seconds": seconds}, indent=1) + "\n")
     print(pd.Series(seconds).round(3).to_string(), flush=True)
     return seconds
 
 
-def step_costs(names: list[str], weights: str, rounds: int = 4, **changes) -> dict[str, float]:
+def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
     """Seconds of an arm's middle step, smaller ones counted by their pixels; the arms take turns.
 
     Arms that compute the same, whatever their learning rate and augmentation, share one measurement.
     """
-    recipes = {name: replace(recipe_of_arm(name, weights), **changes) for name in names}
     kinds = {
         name: (name == "dilated", r.model_config, r.optimizer, r.batch_size, r.start_size, r.loss)
         for name, r in recipes.items()

@@ -40,7 +40,7 @@ def test_the_step_script_takes_the_packages_own_step_and_the_usual_one(bench):
 def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_competition, tmp_path, monkeypatch):
     script = bench("recipe")
     assert all(script.recipe_of_arm(name, "") for name in script.ARMS)
-    costs = script.step_costs(["base", "dilated"], "", rounds=2, height=64, width=64)
+    costs = script.step_costs({"base": recipe(height=64, width=64), "dilated": recipe(height=64, width=64)}, rounds=2)
     arm = script.train_for(recipe(epochs=4), shared_competition, tmp_path / "base", 2)
     assert 0 < costs["base"] < costs["dilated"]
     assert len(arm["dice"]) == len(arm["cars"]) == 4

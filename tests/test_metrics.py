@@ -81,5 +81,5 @@ def test_distances_from_the_edge_are_exact():
 
 @given(arrays(bool, (20, 20)), arrays(bool, (20, 20)), st.booleans())
 def test_parts_of_the_error_sum_to_all_wrong_pixels(predicted, true, empty):
-    true = true & ~empty
+    true = true & (not empty)
     assert sum(metrics.error_anatomy(predicted, true).values()) == np.count_nonzero(predicted != true)

@@ -116,7 +116,7 @@ def test_contrast_is_the_distance_of_a_cars_colour_from_the_backgrounds(tmp_path
 
 def test_odd_masks_show_one_row_for_each_kind(archive, samples):
     odd = mask_oddities(samples).assign(fragment=0)
-    odd.loc[3, ["hole", "hole_at"]] = [7, (20, 15)]
+    odd.at[3, "hole"], odd.at[3, "hole_at"] = 7, (20, 15)
     figure = draw(plots.odd_masks(archive, samples, odd))
     shown = [ax.get_title() for ax in images(figure)]
     assert shown == ["a_04.jpg\ngap of 7 pixels"]  # areas are as expected, and there is no patch
