@@ -1,9 +1,15 @@
 """Names come from files that anybody may have made: they are shown as they are written, as no markup and no formula."""
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -106,6 +112,30 @@ def test_the_gallery_shows_names_as_code_and_links_to_files_of_any_name(run):
     page = Page(text)
     assert {*page.tags} == {"div", "figure", "a", "img", "figcaption", "code", "br"}
     assert "figures/worst/a%26b%27c%23%3F.jpg" in text and "a&b'c#?.jpg" in page.text
+
+
+def executed(folder, outputs):
+    """A notebook with HTML outputs as Jupyter would show it, as a page."""
+    from nbconvert import HTMLExporter
+
+    cells = [nbformat.v4.new_output("display_data", {"text/html": html}) for html in outputs]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=cells)])
+    path = folder / "executed.html"
+    path.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    return path
+
+
+def test_chromium_runs_no_script_that_a_name_brought(run, tmp_path):
+    pytest.importorskip("PyQt6.QtWebEngineCore", reason="needs the extra `browser`", exc_type=ImportError)
+    samples = [pd.Series({"img": name, "fold": 0, "dice": 0.5}) for name in NAMES]
+    captions = [browser.caption(sample, np.zeros((2, 2), bool), None) for sample in samples]
+    pages = [executed(tmp_path, [plots.gallery(run), *captions]), plots.write_report(run, tmp_path)]
+    open_name = tmp_path / "unescaped.html"
+    open_name.write_text(f"<p>{NAMES[0]}</p>")  # what the others would be without care
+    environment = os.environ | {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_DISABLE_SANDBOX": "1"}
+    command = [sys.executable, Path(__file__).with_name("chromium.py"), *pages, open_name]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(told.stdout.splitlines()[-1]) == [False, False, True]
 
 
 @pytest.fixture
