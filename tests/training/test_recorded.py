@@ -94,6 +94,28 @@ def test_the_average_is_what_its_definition_says(optimizer, tmp_path):
         torch.testing.assert_close(value, average[name], msg=name)
 
 
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel wraps a network, and does not see that the network inside was set to evaluation."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return self.module(images)
+
+
+def test_after_a_validation_the_whole_network_learns_again(tmp_path, monkeypatch):
+    state = TrainState(recipe(height=32, width=32, ema=0.0), 0, 4, "data", tmp_path / "state.pt")
+    network, images = state.model, torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    state.model = Wrapper(network)
+    monkeypatch.setattr(state.accelerator, "unwrap_model", lambda model: getattr(model, "module", model))
+    for _ in range(2):
+        state.network.eval()
+        state.train_step(images, images[..., 0].contiguous())
+        assert all(layer.training for layer in network.modules())
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "nmuon"])
 def test_a_training_that_a_gpu_recorded_goes_on_on_a_cpu(optimizer, tmp_path):
     """Its learning rate and its counters of steps lie on the GPU; so says the file."""

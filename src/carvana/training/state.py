@@ -25,6 +25,7 @@ from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 FUSED = ("adam", "adamw")  # run in one kernel; so would sgd, but an overflow in its first step breaks its momentum
 RECORDABLE = (*FUSED, "nmuon")  # can take a learning rate that lies on the device
 NEWTON_SCHULZ = muon.zeropower_via_newtonschulz  # of timm: five steps, all products in bf16
+Pair = tuple[list[torch.Tensor], list[torch.Tensor]]
 LOGIT_STEPS = 16  # kept logits are whole sixteenths: (n, height, width) int8, about 20 KB an image
 
 
@@ -49,9 +50,7 @@ class TrainState:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, recipe))
         if self.ema:
             self.ema.to(self.device)
-        self._averaged: list[
-            tuple[list[torch.Tensor], list[torch.Tensor]]
-        ] = []  # floats of average and network, and counters
+        self._averaged: list[Pair] = []  # floats of the average and of the network, and their counters
         self._loss = loss_named(recipe.loss)
         self._size: tuple[int, ...] = ()  # of the images of the last step
         self._learn: Callable[..., torch.Tensor] = self._update
@@ -93,7 +92,7 @@ class TrainState:
 
         Returns its loss, which stays on the device so that nothing waits for it.
         """
-        if not self.model.training:  # to say so again takes as long as some layers do
+        if not self.accelerator.unwrap_model(self.model).training:  # to say so again takes as long as some layers do
             self.model.train()
         self._set_lr()
         images, targets = (moved(part, self.device) for part in (images, targets))
@@ -125,7 +124,7 @@ class TrainState:
     def _recordable(self) -> bool:
         """Whether a step can be recorded whole: alone on a CUDA device, and all of it computed there."""
         alone = self.accelerator.num_processes == self.recipe.accumulate == 1 and not self.accelerator.scaler
-        knows = all("capturable" in group for group in self.optimizer.param_groups)  # Muon of timm does since 1.0.29
+        knows = all("capturable" in group for group in self.optimizer.param_groups)  # Muon of timm 1.0.26 does not
         return self.device.type == "cuda" and alone and knows and self.recipe.optimizer in RECORDABLE
 
     def _set_lr(self) -> None:
