@@ -1,6 +1,8 @@
 """Work that a GPU records and replays: the bookkeeping anywhere, and on a CUDA device that nothing else changes."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -92,6 +94,19 @@ def test_the_average_is_what_its_definition_says(optimizer, tmp_path):
             average[name] = average[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
     for name, value in state.network.state_dict().items():
         torch.testing.assert_close(value, average[name], msg=name)
+
+
+def test_an_ensemble_that_nobody_needs_gives_its_memory_back_at_once(tmp_path):
+    config = recipe(height=32, width=32).model_config
+    save_checkpoint(tmp_path / "best.safetensors", SegmentationModel(config).state_dict(), config, amp="no")
+    ensemble = Ensemble(EnsembleSpec.equal([tmp_path / "best.safetensors"], ["none"]))
+    ensemble.forward({(32, 32): torch.zeros(1, 32, 32, 3, dtype=torch.uint8)})
+    alive = weakref.ref(ensemble)
+    gc.disable()
+    del ensemble
+    gone = alive() is None
+    gc.enable()
+    assert gone
 
 
 class Wrapper(torch.nn.Module):

@@ -5,6 +5,7 @@ Checkpoints are blended by their logits: an average of logits at network size, e
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,9 @@ class Ensemble:
         loaded = [load_checkpoint(path) for path in spec.checkpoints]
         self.models = [model.to(self.device) for model, _ in loaded]
         self.dtypes = [DTYPES["no" if facts.get("amp") == "no" else device.precision("auto")] for _, facts in loaded]
-        self._all_tta = [device.recorded(partial(self._stacked, i), self.device) for i in range(len(loaded))]
+        mine = weakref.proxy(self)  # else the networks would stay in memory until Python looks for cycles
+        works = [partial(Ensemble._stacked, mine, i) for i in range(len(loaded))]
+        self._all_tta = [device.recorded(work, self.device) for work in works]
 
     @classmethod
     def read(cls, path: str | Path) -> "Ensemble":
