@@ -2,6 +2,7 @@
 
 import base64
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from carvana.data.competition import Competition
 from carvana.data.images import Archive
 from carvana.run import Run
 from carvana.training import Recipe, Trainer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
 
 HEIGHT, WIDTH, VIEWS = 96, 126, 4  # the width is no multiple of 4, like 1918
 SMALL = 40, 60  # height and width of masks made by hand

@@ -170,7 +170,6 @@ def test_the_same_command_twice_is_one_submission_wherever_the_first_ends(fake, 
     fake.pending = 99
     fake.faults = {"upload": ["stall"]} if phase == "upload" else {}
     fake.faults |= {"CreateSubmission": ["stored:stall"]} if phase == "answer" else {}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
     awaited = {"upload": "upload", "answer": "CreateSubmission", "waiting": "ListSubmissions"}[phase]
     process = subprocess.Popen(command(sub), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not fake.calls(awaited):
