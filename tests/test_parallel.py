@@ -1,20 +1,28 @@
 """What several processes say when one of them fails."""
 
-import textwrap
-
 import pytest
 
 from carvana.errors import UserError
 from carvana.parallel import Processes, launch
 
+FAILING = """\
+import os, signal, sys
+from carvana.errors import UserError
+from carvana.parallel import exit_code
+
+def open_file(name):
+    raise UserError(f"{name} is missing")
+
+"""
+
 
 @pytest.mark.parametrize(("code", "message"), [
     ("raise ValueError('wheels are square')", "processes failed: .*ValueError: wheels are square"),
-    ("print('carvana: fold 7 is missing', file=sys.stderr); sys.exit(1)", "^fold 7 is missing$"),
+    ("sys.exit(exit_code(lambda: open_file('fold 7')))", "^fold 7 is missing$"),
     ("os.kill(os.getpid(), signal.SIGKILL)", "were killed, most likely for memory"),
 ])  # fmt: skip
 def test_what_ended_a_process_reaches_the_user(tmp_path, monkeypatch, code, message):
-    (tmp_path / "failing.py").write_text(textwrap.dedent(f"import os, signal, sys\n{code}\n"))
+    (tmp_path / "failing.py").write_text(FAILING + code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError, match=message):
         launch("failing", [], Processes(2))
