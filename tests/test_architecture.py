@@ -1,6 +1,7 @@
 """The package's shape: imports run down, functions stay short, privates stay at home, Kaggle comes only when asked."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import carvana
+from carvana import plots
 from carvana.files import project_root
 
 ORDER = [
@@ -128,3 +130,18 @@ def test_importing_everything_never_imports_kaggle():
     modules = ", ".join(f"carvana.{name}" for name in ORDER)
     code = f"import sys, {modules}; sys.exit('kaggle' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["01_download", "02_explore", "06_submit"])
+def test_who_trains_and_predicts_nothing_never_waits_for_torch(name):
+    cells = json.loads((project_root() / "notebooks" / f"{name}.ipynb").read_text("utf-8"))["cells"]
+    imports = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = f"import sys\n{imports}\nfrom carvana.plots import explore, report\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_figure_is_where_plots_says_and_nothing_else_is():
+    assert all(getattr(plots, name) is not None for name in dir(plots))
+    assert all(name in dir(plots) for name in ("areas", "browse", "train_live"))
+    with pytest.raises(AttributeError, match="carvana.plots has no arias"):
+        plots.arias  # noqa: B018

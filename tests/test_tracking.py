@@ -19,7 +19,7 @@ from carvana.evaluation.evaluate import Settings
 from carvana.run import Run
 from carvana.tracking import Point, Tracking
 
-RECIPE = {"epochs": 4, "validate_every": 2, "encoder": "tu-mobilenetv3_small_050"}  # two steps an epoch
+RECIPE = {"epochs": 4, "validate_every": 2}  # two steps an epoch
 KEYS = {"train/loss", "train/lr", "train/speed", "valid/dice", "valid/iou"}
 
 

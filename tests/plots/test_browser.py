@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import simplejpeg
 import torch
-from conftest import ellipse
+from conftest import ENCODER, ellipse
 from matplotlib.colors import to_rgb
 
 from carvana import metrics, models, rle
@@ -24,7 +24,7 @@ CARS = [f"{i + 1:012x}" for i in range(4)]
 def runs(shared_competition, tmp_path_factory):
     """A run with two untrained folds of which fold 1 has the cars 2 and 3, and Dice that rise with car and view."""
     folder = tmp_path_factory.mktemp("runs")
-    run, config = Run(folder, "a"), models.ModelConfig("unet", "resnet18", "16,8,8,8,8", 96, 128)
+    run, config = Run(folder, "a"), models.ModelConfig("unet", ENCODER, "16,8,8,8,8", 96, 128)
     for fold in (0, 1):
         torch.manual_seed(fold)
         models.save_checkpoint(run.checkpoint(fold), models.SegmentationModel(config).state_dict(), config)

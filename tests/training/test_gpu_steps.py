@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import recipe
+from conftest import ENCODER, recipe
 from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,7 +117,7 @@ def test_muon_multiplies_in_what_the_device_is_fast_at(monkeypatch, tmp_path, ha
                 products.append(args[1].dtype)
             return func(*args, **(kwargs or {}))
 
-    small = recipe(optimizer="nmuon", height=32, width=32, encoder="tu-mobilenetv3_small_050")
+    small = recipe(optimizer="nmuon", height=32, width=32)
     state = TrainState(small, 0, 4, "data", tmp_path / "state.pt")
     with Products():
         state.train_step(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, 32, 32, dtype=torch.uint8))
@@ -129,7 +129,7 @@ def test_muon_multiplies_in_what_the_device_is_fast_at(monkeypatch, tmp_path, ha
 @pytest.mark.parametrize(("capability", "half"), [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
 def test_an_ensemble_stays_on_the_gpu_until_its_logits_are_blended(gpu, monkeypatch, capability, half):
     build, sizes = gpu(capability), (SIZE, (32, 64))
-    networks = {f"{i}": ModelConfig("unet", "resnet18", "16,8,8,8,8", *size) for i, size in enumerate(sizes)}
+    networks = {f"{i}": ModelConfig("unet", ENCODER, "16,8,8,8,8", *size) for i, size in enumerate(sizes)}
     monkeypatch.setattr(
         "carvana.inference.ensemble.load_checkpoint", lambda path: (build(networks[path.name]), {"amp": "bf16"})
     )
@@ -187,7 +187,7 @@ def test_all_of_a_training_is_moved_to_a_device_that_has_no_double_precision(mon
 def test_step_counters_of_a_resumed_training_are_read_on_the_host(monkeypatch, tmp_path):
     def state():
         return TrainState(
-            recipe(height=32, width=32, optimizer="nmuon", encoder="tu-mobilenetv3_small_050"),
+            recipe(height=32, width=32, optimizer="nmuon"),
             0,
             4,
             "data",
