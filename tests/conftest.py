@@ -41,6 +41,11 @@ RECIPE = {
 }  # fmt: skip
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 def recipe(**changes) -> Recipe:
     return Recipe.from_parameters(RECIPE | changes)
 

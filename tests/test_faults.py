@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from conftest import RECIPE, trainer_of
@@ -54,21 +55,28 @@ def test_a_missing_mask_ends_the_run_with_the_images_name(competition, capsys):
     assert not (competition.parent / "runs" / "x" / "folds.csv").exists()
 
 
-@pytest.mark.parametrize(
-    ("notebook", "changes", "message"),
-    [
-        ("03_train", {"n_folds": 5}, "n_folds is 5 and holdout_cars 0, but there are only 4 cars"),
-        ("04_evaluate", {}, "folds.csv does not exist. Train with 03_train first"),
-        ("06_submit", {}, "x.csv.gz"),
-    ],
-)
+def run_here(notebook, _output, values):
+    """Run a notebook's code in this process."""
+    namespace = {}
+    for cell in nbformat.read(profiles.notebook_path(notebook), 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)
+        if "parameters" in cell.metadata.get("tags", []):
+            namespace |= values
+
+
+@pytest.mark.parametrize(("execute", "notebook", "changes", "message"), [
+    (run_here, "03_train", {"n_folds": 5}, "n_folds is 5 and holdout_cars 0, but there are only 4 cars"),
+    (run_here, "04_evaluate", {}, "folds.csv does not exist. Train with 03_train first"),
+    (pipeline.execute, "06_submit", {}, "x.csv.gz"),
+])  # fmt: skip
 def test_a_notebook_ends_with_one_line_that_names_the_parameter_or_file(
-    competition, tmp_path, notebook, changes, message
+    competition, tmp_path, execute, notebook, changes, message
 ):
     values = profiles.load_profile(profile(competition.parent, **changes))
     step = next(step for step in pipeline.steps(values) if step.notebook == notebook)
     with pytest.raises(UserError) as error:
-        pipeline.execute(notebook, tmp_path / "out.ipynb", step.values)
+        execute(notebook, tmp_path / "out.ipynb", step.values)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(competition.parent.glob("submissions/*"))

@@ -112,19 +112,16 @@ def test_validate_and_score_agree_from_the_command_line(place, lines, capsys):
     assert len(list(csv.DictReader((place / "each.csv").open()))) == 4
 
 
-def test_any_folder_is_predicted_with_the_ensemble_of_another_run(place, lines):
-    values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
-    values |= {"run_name": "other", "test_dir": str(place / "made" / "train")}
-    values |= {"ensemble": str(place / "runs" / "tiny" / "ensemble.json")}
-    pipeline.execute("05_predict", place / "05.ipynb", values)
-    scores = submission.score(place / "submissions" / "other.csv.gz", place / "made" / "train_masks.csv")
-    assert len(scores) == 20
-
-
-def test_soft_masks_that_05_keeps_are_learnt_from_by_03(place, lines):
+def test_any_folder_is_predicted_with_the_ensemble_of_another_run_and_its_soft_masks_are_learnt_from(place, lines):
     values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
     values |= {"run_name": "soft", "ensemble": str(place / "runs" / "tiny" / "ensemble.json"), "pseudo_share": 0.5}
-    pipeline.execute("05_predict", place / "05.ipynb", values)
+    truth = pd.read_csv(place / "made" / "truth.csv").iloc[1:]
+    (place / "three").mkdir()
+    truth.to_csv(place / "three.csv", index=False)
+    for name in truth["img"]:
+        shutil.copy(place / "made" / "test" / name, place / "three")
+    pipeline.execute("05_predict", place / "05.ipynb", values | {"test_dir": str(place / "three")})
+    assert len(submission.score(place / "submissions" / "soft.csv.gz", place / "three.csv")) == 3
     part = json.loads((place / "runs" / "soft" / "parts" / "part-00000.json").read_text())
     surest = pd.DataFrame({"img": part["names"], "unsure": part["unsure"]}).nsmallest(2, "unsure")
     assert pd.read_csv(place / "runs" / "soft" / "pseudo" / "labels.csv")["img"].tolist() == surest["img"].tolist()
