@@ -1,4 +1,7 @@
-"""A tiny competition in the real layout, a recipe that trains on it in seconds, and where real images are."""
+"""A tiny competition in the real layout, a recipe that trains on it in seconds, and where real images are.
+
+What imports torch is imported late: it takes ten seconds, and the process that deals out the tests needs none of it.
+"""
 
 import base64
 import os
@@ -12,15 +15,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from fake_kaggle import KEY, NAMES, USER, guarded, zipped
 from PIL import Image
 
-from carvana import models, rle
+from carvana import rle
 from carvana.data.competition import Competition
 from carvana.data.images import Archive
 from carvana.run import Run
-from carvana.training import Recipe, Trainer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
 
@@ -46,12 +47,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
-def recipe(**changes) -> Recipe:
+def recipe(**changes):
+    from carvana.training import Recipe
+
     return Recipe.from_parameters(RECIPE | changes)
 
 
 def trainer_of(data, run_dir, fold=0, holdout_cars=0, **changes):
     """The trainer of a fold of a run of two folds, with the recipe's changes."""
+    from carvana.training import Trainer
+
     competition, run = Competition(data), Run(run_dir.parent, run_dir.name)
     run.split(competition.samples, 2, holdout_cars, 1)
     return Trainer(run, competition, recipe(**changes), fold)
@@ -131,6 +136,10 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def members(tmp_path_factory) -> list[Path]:
     """Two untrained networks of different encoders and sizes."""
+    import torch
+
+    from carvana import models
+
     folder, paths = tmp_path_factory.mktemp("members"), []
     for i, (encoder, size) in enumerate(zip((ENCODER, "tu-test_efficientnet"), MEMBER_SIZES, strict=True)):
         torch.manual_seed(i)

@@ -91,9 +91,9 @@ def test_with_skip_broken_05_and_06_go_on_past_images_that_cannot_be_decoded_and
     EnsembleSpec(members, [0.5, 0.5], ["none"], 0.3).write(place / "ensemble.json")
     values = {name: str(place / name.removesuffix("_dir")) for name in ("data_dir", "runs_dir", "submissions_dir")}
     values |= {"run_name": "x", "ensemble": str(place / "ensemble.json"), "skip_broken": True}
-    pipeline.execute("05_predict", place / "05.ipynb", values)
+    run_here("05_predict", None, values)
     del values["ensemble"], values["skip_broken"]
-    pipeline.execute("06_submit", place / "06.ipynb", values)
+    run_here("06_submit", None, values)
     assert files.read_json(Run(place / "runs", "x").submission_path)["rows"] == 4
 
 

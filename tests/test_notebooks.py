@@ -31,8 +31,8 @@ def place(tmp_path_factory):
     (folder / "data").mkdir()
     shutil.copy(folder / "made" / "truth.csv", folder / "data")
     values = dict(zip(FOLDERS, (str(folder / name) for name in ("data", "runs", "submissions")), strict=True))
-    values |= RECIPE | {"run_name": "tiny", "n_folds": 2, "holdout_cars": 1, "epochs": 8, "batch_size": 2}
-    values |= {"validate_every": 4, "submit": True}
+    values |= RECIPE | {"run_name": "tiny", "n_folds": 2, "holdout_cars": 1, "epochs": 4, "batch_size": 2}
+    values |= {"validate_every": 2, "submit": True}
     (folder / "tiny.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
     with pytest.MonkeyPatch.context() as patch, guarded(patch, folder) as fake:
         serve(fake, folder / "made")
