@@ -15,7 +15,7 @@ from carvana.training.trainer import Trainer
 
 
 def train_run(data, run, seed=1, holdout_cars=0, **changes):
-    chosen = recipe(**{"epochs": 8, "batch_size": 2, "validate_every": 8, "seed": seed} | changes)
+    chosen = recipe(**{"epochs": 4, "batch_size": 2, "validate_every": 4, "seed": seed} | changes)
     competition = Competition(data)
     run.split(competition.samples, 2, holdout_cars, 1)
     for fold in (0, 1):
