@@ -5,6 +5,7 @@ A colour means the same thing everywhere and is safe for colour-blind eyes (afte
 
 import io
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,16 +56,21 @@ class Page(Figure):
             text.set_parse_math(False)
         super().draw(renderer)
 
-    def _repr_png_(self) -> bytes:
+    @cached_property
+    def png(self) -> bytes:
+        """The finished page, drawn once for the file and for the notebook: that takes a second."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=DPI)
         return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png
 
 
 def save(figure: Figure, path: str | Path) -> Figure:
     """Write a PNG whole or not at all; returns the figure, so that a notebook's last line shows it."""
     with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+        file.write(cast(Page, figure).png)
     return figure
 
 
