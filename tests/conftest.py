@@ -4,10 +4,12 @@ What imports torch is imported late: it takes ten seconds, and the process that 
 """
 
 import base64
+import json
 import os
 import signal
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers must not share cores
@@ -21,6 +23,7 @@ from PIL import Image
 from carvana import rle
 from carvana.data.competition import Competition
 from carvana.data.images import Archive
+from carvana.profiles import notebook_path
 from carvana.run import Run
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
@@ -69,6 +72,17 @@ def begun(data, run_dir, **changes) -> Run:
     run.split(competition.samples, 2, 0, 1)
     run.write_start(vars(chosen) | competition.parameters, "key")
     return run
+
+
+def run_here(notebook, values):
+    """Run a notebook's code in this process, which has imported all that a kernel would first have to import."""
+    namespace = {}
+    for cell in json.loads(notebook_path(notebook).read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            with patch.dict(os.environ):  # `device` is noted there
+                exec("".join(cell["source"]), namespace)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            namespace |= values
 
 
 def ellipse(car: int, view: int) -> np.ndarray:

@@ -10,10 +10,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
-from conftest import RECIPE, trainer_of
+from conftest import RECIPE, run_here, trainer_of
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -55,28 +54,20 @@ def test_a_missing_mask_ends_the_run_with_the_images_name(competition, capsys):
     assert not (competition.parent / "runs" / "x" / "folds.csv").exists()
 
 
-def run_here(notebook, _output, values):
-    """Run a notebook's code in this process."""
-    namespace = {}
-    for cell in nbformat.read(profiles.notebook_path(notebook), 4).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, namespace)
-        if "parameters" in cell.metadata.get("tags", []):
-            namespace |= values
+def execute(notebook, values):
+    pipeline.execute(notebook, Path(values["runs_dir"]) / "out.ipynb", values)
 
 
-@pytest.mark.parametrize(("execute", "notebook", "changes", "message"), [
+@pytest.mark.parametrize(("run", "notebook", "changes", "message"), [
     (run_here, "03_train", {"n_folds": 5}, "n_folds is 5 and holdout_cars 0, but there are only 4 cars"),
     (run_here, "04_evaluate", {}, "folds.csv does not exist. Train with 03_train first"),
-    (pipeline.execute, "06_submit", {}, "x.csv.gz"),
+    (execute, "06_submit", {}, "x.csv.gz"),
 ])  # fmt: skip
-def test_a_notebook_ends_with_one_line_that_names_the_parameter_or_file(
-    competition, tmp_path, execute, notebook, changes, message
-):
+def test_a_notebook_ends_with_one_line_that_names_the_parameter_or_file(competition, run, notebook, changes, message):
     values = profiles.load_profile(profile(competition.parent, **changes))
     step = next(step for step in pipeline.steps(values) if step.notebook == notebook)
     with pytest.raises(UserError) as error:
-        execute(notebook, tmp_path / "out.ipynb", step.values)
+        run(notebook, step.values)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(competition.parent.glob("submissions/*"))
@@ -91,9 +82,9 @@ def test_with_skip_broken_05_and_06_go_on_past_images_that_cannot_be_decoded_and
     EnsembleSpec(members, [0.5, 0.5], ["none"], 0.3).write(place / "ensemble.json")
     values = {name: str(place / name.removesuffix("_dir")) for name in ("data_dir", "runs_dir", "submissions_dir")}
     values |= {"run_name": "x", "ensemble": str(place / "ensemble.json"), "skip_broken": True}
-    run_here("05_predict", None, values)
+    run_here("05_predict", values)
     del values["ensemble"], values["skip_broken"]
-    run_here("06_submit", None, values)
+    run_here("06_submit", values)
     assert files.read_json(Run(place / "runs", "x").submission_path)["rows"] == 4
 
 

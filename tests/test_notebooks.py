@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from conftest import RECIPE, write_competition
+from conftest import RECIPE, run_here, write_competition
 from fake_kaggle import KEY, guarded, serve
 from nbclient import NotebookClient
 
@@ -112,7 +112,9 @@ def test_validate_and_score_agree_from_the_command_line(place, lines, capsys):
     assert len(list(csv.DictReader((place / "each.csv").open()))) == 4
 
 
-def test_any_folder_is_predicted_with_the_ensemble_of_another_run_and_its_soft_masks_are_learnt_from(place, lines):
+def test_any_folder_is_predicted_by_another_run_and_its_soft_masks_are_learnt_from(
+    place, lines, capsys
+):
     values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
     values |= {"run_name": "soft", "ensemble": str(place / "runs" / "tiny" / "ensemble.json"), "pseudo_share": 0.5}
     truth = pd.read_csv(place / "made" / "truth.csv").iloc[1:]
@@ -120,15 +122,15 @@ def test_any_folder_is_predicted_with_the_ensemble_of_another_run_and_its_soft_m
     truth.to_csv(place / "three.csv", index=False)
     for name in truth["img"]:
         shutil.copy(place / "made" / "test" / name, place / "three")
-    pipeline.execute("05_predict", place / "05.ipynb", values | {"test_dir": str(place / "three")})
+    run_here("05_predict", values | {"test_dir": str(place / "three")})
     assert len(submission.score(place / "submissions" / "soft.csv.gz", place / "three.csv")) == 3
     part = json.loads((place / "runs" / "soft" / "parts" / "part-00000.json").read_text())
     surest = pd.DataFrame({"img": part["names"], "unsure": part["unsure"]}).nsmallest(2, "unsure")
     assert pd.read_csv(place / "runs" / "soft" / "pseudo" / "labels.csv")["img"].tolist() == surest["img"].tolist()
-    assert f"2 soft masks are kept, the widest band is {surest['unsure'].max():.2f}" in outputs(place / "05.ipynb")
+    assert f"2 soft masks are kept, the widest band is {surest['unsure'].max():.2f}" in capsys.readouterr().out
     values |= RECIPE | {"run_name": "student", "n_folds": 2, "holdout_cars": 1, "epochs": 1, "pseudo_labels": "soft"}
-    pipeline.execute("03_train", place / "03.ipynb", values)
-    assert "2 soft masks of soft on top: 2 of the 4 images in a batch." in outputs(place / "03.ipynb")
+    run_here("03_train", values)
+    assert "2 soft masks of soft on top: 2 of the 4 images in a batch." in capsys.readouterr().out
     assert (place / "runs" / "student" / "fold0" / "best.safetensors").exists()
 
 
