@@ -112,9 +112,7 @@ def test_validate_and_score_agree_from_the_command_line(place, lines, capsys):
     assert len(list(csv.DictReader((place / "each.csv").open()))) == 4
 
 
-def test_any_folder_is_predicted_by_another_run_and_its_soft_masks_are_learnt_from(
-    place, lines, capsys
-):
+def test_any_folder_is_predicted_by_another_run_and_its_soft_masks_are_learnt_from(place, lines, capsys):
     values = {name: str(place / folder) for name, folder in zip(FOLDERS, ("data", "runs", "submissions"), strict=True)}
     values |= {"run_name": "soft", "ensemble": str(place / "runs" / "tiny" / "ensemble.json"), "pseudo_share": 0.5}
     truth = pd.read_csv(place / "made" / "truth.csv").iloc[1:]
