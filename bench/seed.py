@@ -23,7 +23,8 @@ from carvana.training.launch import train
 
 
 def arms(h: int, w: int) -> dict[str, dict]:
-    """What each option changes at the size h x w."""
+    """What each option changes at the size h x w; crops are of whole images, 1280x1920 where h x w is 512x512."""
+    whole = {"height": round(h * 1280 / 512 / 32) * 32, "width": round(w * 1920 / 512 / 32) * 32}
     return {
         "as written": {},
         "flips": {"hflip": 0.5},
@@ -35,7 +36,7 @@ def arms(h: int, w: int) -> dict[str, dict]:
         "cosine": {"schedule": "cosine"},
         "plateau": {"schedule": "plateau"},
         "float32": {"amp": "no"},
-        f"crops of {h}x{2 * w}": {"height": 2 * h, "width": 2 * w, "crop_height": h, "crop_width": 2 * w},
+        f"crops of {h}x{2 * w}": whole | {"crop_height": h, "crop_width": 2 * w},
     }
 
 

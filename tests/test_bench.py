@@ -64,7 +64,9 @@ def test_the_seed_script_changes_what_an_arm_names(bench, shared_competition):
     options = argparse.Namespace(height=96, width=96, epochs=1, data=shared_competition, cars=3)
     arms = {name: script.recipe_of_arm(changes, options) for name, changes in script.arms(96, 96).items()}
     assert arms["as written"].arch == "classic_unet"
-    assert (arms["crops of 96x192"].height, arms["crops of 96x192"].crop_height) == (192, 96)
+    assert script.arms(512, 512)["crops of 512x1024"].items() >= {"height": 1280, "width": 1920}.items()
+    crops = arms["crops of 96x192"]
+    assert (crops.height, crops.width, crops.crop_height, crops.crop_width) == (256, 352, 96, 192)
     assert arms["SGD"].optimizer == "sgd"
     assert script.competition_of(options).samples["car"].nunique() == 3
 
