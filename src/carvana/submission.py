@@ -3,7 +3,6 @@
 Everything streams: a full submission is a gigabyte of text, and no function here holds more than a few rows of it.
 """
 
-import contextlib
 import gzip
 import io
 import re
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -106,11 +105,8 @@ class Validation:
 
 
 def assemble(shards: list[Path], names: list[str], path: Path) -> None:
-    """Write `shards`, CSV files that are consecutive slices of `names`, as one .gz or .zip; equal rows, equal bytes."""
-    path = Path(path)
-    if path.suffix.lower() not in (".gz", ".zip"):
-        raise UserError(f"{path}: a submission is written compressed. Let its name end with .csv.gz or .zip.")
-    with atomic(path) as file, _compressed(file, path) as out:
+    """Write `shards`, CSV files that are consecutive slices of `names`, as one .csv.gz; equal rows, equal bytes."""
+    with atomic(path) as file, gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as out:  # without a file's name or time
         out.write(b",".join(HEADER) + b"\n")
         out.writelines(b"%s,%s\n" % (record.name.encode(), record.runs) for record in _in_order(shards, names))
 
@@ -132,19 +128,6 @@ def _in_order(shards: Iterable[Path], names: Iterable[str]) -> Iterator[_Record]
             yield record
     if left := next(expected, None):
         raise UserError(f"{left} and {sum(1 for _ in expected)} more images are in no shard. Predict them first.")
-
-
-@contextlib.contextmanager
-def _compressed(file: IO[bytes], path: Path) -> Iterator[gzip.GzipFile | IO[bytes]]:
-    """Neither time nor file name goes into the archive, so equal rows give equal bytes."""
-    if path.suffix.lower() == ".gz":
-        with gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as out:
-            yield out
-        return
-    member = path.name[:-4].removesuffix(".csv") + ".csv"
-    archive = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL)
-    with archive, archive.open(member, "w", force_zip64=True) as out:  # 100064 ragged masks may pass 2 GB of text
-        yield out
 
 
 def validate(path: str | Path, expected: Expected) -> Validation:
