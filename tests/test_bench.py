@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import recipe
@@ -83,3 +84,16 @@ def test_the_prediction_script_measures_every_stage(bench, shared_competition):
     images = Competition(shared_competition).train_images
     results = bench("predict").measure(images, images.names[:1], 320, 480, 1)
     assert results["ratio_one_class"] > 0 and results["ours_in_ms"] > 0
+
+
+def test_the_pseudo_script_compares_the_same_images(bench, shared_competition, tmp_path, monkeypatch):
+    script = bench("pseudo")
+    monkeypatch.setattr(script, "recipe_of", lambda _, **changes: recipe(**changes))
+    options = {"data": shared_competition, "full": shared_competition, "folder": tmp_path, "encoder_weights": ""}
+    options = argparse.Namespace(**options, size=32, epochs=2, seeds=[1])
+    scores = script.measure(1, options)
+    assert scores["where"].value_counts().to_dict() == {script.OTHER: 16, script.FOLD: 8}
+    assert len(pd.read_csv(tmp_path / "without1" / "pseudo" / "labels.csv")) == 2  # of four test images
+    assert (tmp_path / "with1" / "fold0" / "best.safetensors").exists()
+    table = scores.assign(without=0.9).assign(**{"with": 0.92})
+    assert f"| {script.FOLD} | mean | 0.900000 | 0.920000 | +0.020000 | " in script.page({1: table}, options)
