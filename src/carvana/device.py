@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import yaml
@@ -19,6 +21,7 @@ from carvana.profiles import check
 PRECISIONS = ("no", "fp16", "bf16", "auto")
 CHOICE = "CARVANA_DEVICE"  # environment variable with the parameter `device`: started processes inherit it
 DRIVERS = Path("/dev")
+Work: TypeAlias = Callable[..., torch.Tensor]
 WARM_UP = 3  # calls before work is recorded, in which libraries choose their kernels and optimisers make their moments
 
 
@@ -66,55 +69,62 @@ def _unusable() -> str:
     return f"the GPU has compute capability {major}.{minor}, and torch {torch.__version__} needs {oldest} or more"
 
 
-class Recorded:
-    """Work on tensors of a CUDA device that is recorded for each of their shapes, and handed over whole from then on.
+class Recorder:
+    """Does work on tensors; on a CUDA device it is recorded for each of its shapes, and handed over whole from then on.
 
-    A training step of a network with 500 layers is 6000 calls, which take the host longer than the GPU. `work` must not
+    A training step of a network with 500 layers is 6000 calls, which take the host longer than the GPU. Work must not
     look at contents and must return one tensor; what it changes must keep its place in memory. Its first `WARM_UP`
-    calls of a shape, and all of those that cannot be recorded, run as they are. Source: "CUDA Graphs" in PyTorch's
-    notes on CUDA semantics.
+    calls of a shape, and all of those that cannot be recorded, run as they are. All records share one piece of memory,
+    since they run one after the other. Source: "CUDA Graphs" in PyTorch's notes on CUDA semantics.
     """
 
-    def __init__(self, work: Callable[..., torch.Tensor]):
-        self.work, self.stream = work, torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(self, on: torch.device, record: bool = True):
+        self.stream = torch.cuda.Stream() if record and on.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.lock = threading.Lock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the memory of all records back."""
         self.calls: Counter[tuple] = Counter()
         self.records: dict[tuple, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.stream else None  # an empty one cannot be used again
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """The result of the work, a tensor of its own."""
-        shapes = tuple(tensor.shape for tensor in tensors)
-        self.calls[shapes] += 1
-        if self.calls[shapes] == WARM_UP + 1:
-            self._record(shapes, tensors)
-        if shapes not in self.records:
-            return self._as_it_is(tensors)
-        graph, inputs, result = self.records[shapes]
-        for kept, new in zip(inputs, tensors, strict=True):
-            kept.copy_(new)
-        graph.replay()
-        return result.clone()
+    def __call__(self, name: Hashable, work: Work, *tensors: torch.Tensor) -> torch.Tensor:
+        """The result of the work called `name`, a tensor of its own."""
+        if not (stream := self.stream):
+            return work(*tensors)
+        with self.lock:  # two threads would write into the same inputs
+            key = name, *(tensor.shape for tensor in tensors)
+            self.calls[key] += 1
+            if self.calls[key] == WARM_UP + 1:
+                self._record(key, work, tensors)
+            if key not in self.records:
+                return _on(stream, work, tensors)
+            graph, inputs, result = self.records[key]
+            for kept, new in zip(inputs, tensors, strict=True):
+                kept.copy_(new)
+            graph.replay()
+            return result.clone()
 
-    def _as_it_is(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """On the stream that will record, where gradients must have been before."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            result = self.work(*tensors)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
-
-    def _record(self, shapes: tuple, tensors: tuple[torch.Tensor, ...]) -> None:
+    def _record(self, key: tuple, work: Work, tensors: tuple[torch.Tensor, ...]) -> None:
         graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
         try:  # other threads copy batches meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                result = self.work(*inputs)
-            self.records[shapes] = graph, inputs, result
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                result = work(*inputs)
+            self.records[key] = graph, inputs, result
         except RuntimeError as error:  # memory for it is short, or an operation waits for the device
             print(f"carvana: work is not recorded ({str(error).splitlines()[0]}), so it is slower.", file=sys.stderr)
+            if not self.records:
+                self.pool = torch.cuda.graph_pool_handle()
 
 
-def recorded(work: Callable[..., torch.Tensor], on: torch.device) -> Callable[..., torch.Tensor]:
-    """The work, as `Recorded` on a CUDA device."""
-    return Recorded(work) if on.type == "cuda" else work
+def _on(stream: torch.cuda.Stream, work: Work, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Work as it is on the stream that will record it, where its gradients must have been before."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = work(*tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
 
 
 def moved(batch: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Whatever needs contents of a tensor on the device would make the host wait for it, and is an error here.
 """
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,8 +73,9 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         monkeypatch.setattr(torch, "Generator", lambda device=None: cpu_generator())
         monkeypatch.setattr("carvana.training.state.SegmentationModel", build)
-        monkeypatch.setattr(device, "recorded", lambda work, on: work)  # fake work cannot be recorded
-        monkeypatch.setattr("carvana.training.state.recorded", device.recorded)
+        without = functools.partial(device.Recorder, record=False)  # fake work cannot be recorded
+        monkeypatch.setattr(device, "Recorder", without)
+        monkeypatch.setattr("carvana.training.state.Recorder", lambda on, record: without(on))
         monkeypatch.setattr("carvana.training.state.RECORDABLE", ["nmuon"])  # fused Adam has no fake for such an lr
         monkeypatch.setattr("timm.utils.model_ema.deepcopy", lambda model: build(model.config))
         return build

@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,65 +22,117 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @pytest.fixture
 def graphs(monkeypatch):
     """CUDA graphs as a CPU can play them: a replay does the recorded work again on the kept inputs."""
-    modes = []
+    made = SimpleNamespace(pools=[], modes=[])
 
     class Graph:
         def replay(self):
-            inputs, result = next(record[1:] for record in self.recorder.records.values() if record[0] is self)
-            result.copy_(self.recorder.work(*inputs))
+            work, inputs, result = self.recorded
+            result.copy_(work(*inputs))
 
     @contextlib.contextmanager
-    def recording(graph, stream, capture_error_mode):
-        modes.append(capture_error_mode)
+    def recording(graph, pool, stream, capture_error_mode):
+        made.pools.append(pool)
+        made.modes.append(capture_error_mode)
         yield
 
     class Stream:
         def wait_stream(self, other):
             pass
 
+    record = device.Recorder._record
+
+    def noting(self, key, work, tensors):
+        record(self, key, work, tensors)
+        if key in self.records:
+            graph, inputs, result = self.records[key]
+            graph.recorded = work, inputs, result
+
+    monkeypatch.setattr(device.Recorder, "_record", noting)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    return made
 
-    def recorder(work):
-        Graph.recorder = device.Recorded(work)
-        return Graph.recorder
 
-    recorder.modes = modes
-    return recorder
+CUDA = torch.device("cuda")
 
 
 def test_recorded_work_gives_for_every_shape_what_the_work_gives(graphs):
-    recorder = graphs(lambda a, b: (a * b).sum(0))
+    recorder = device.Recorder(CUDA)
     given = [(torch.rand(n, 3), torch.rand(n, 3)) for n in (2, 2, 5, 2, 2, 5, 5, 2, 1, 5, 5, 2, 5)]
-    results = [recorder(*pair) for pair in given]
+    results = [recorder("sum", lambda a, b: (a * b).sum(0), *pair) for pair in given]
     for (a, b), result in zip(given, results, strict=True):
         assert torch.equal(result, (a * b).sum(0))  # each is kept: later calls do not write into it
-    assert [shapes[0][0] for shapes in recorder.records] == [2, 5]  # of a lone batch of 1 nothing was recorded
+    assert [first[0] for _, first, _ in recorder.records] == [2, 5]  # of a lone batch of 1 nothing was recorded
     assert graphs.modes == ["thread_local"] * 2  # the loader's thread copies to the device meanwhile
 
 
-def test_work_that_cannot_be_recorded_is_done_as_it_is_and_said_once(graphs, capsys, monkeypatch):
-    recorder = graphs(lambda a: a + 1)
+def test_all_works_of_a_recorder_share_one_memory_until_they_are_forgotten(graphs):
+    recorder, one = device.Recorder(CUDA), torch.ones(1)
+    for _ in range(5):
+        assert [recorder(n, lambda a, n=n: a + n, one).item() for n in range(3)] == [1, 2, 3]
+    assert len(graphs.pools) == 3 and len({*graphs.pools}) == 1
+    recorder.forget()
+    assert not recorder.records
+    for _ in range(5):
+        assert recorder(0, lambda a: a + 7, one).item() == 8
+    assert len({*graphs.pools}) == 2  # what was given back is never recorded into
 
+
+def test_threads_do_not_get_the_result_of_each_other(graphs):
+    recorder = device.Recorder(CUDA)
+
+    def work(a):
+        time.sleep(0.001)  # here another thread may come
+        return a + 1
+
+    def many(start):
+        return all(recorder("add", work, torch.tensor(float(n))).item() == n + 1 for n in range(start, start + 30))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, (0, 100, 200, 300)))
+
+
+def fail(monkeypatch):
     @contextlib.contextmanager
     def failing(*_, **__):
         yield
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
 
     monkeypatch.setattr(torch.cuda, "graph", failing)
+
+
+def test_work_that_cannot_be_recorded_is_done_as_it_is_and_said_once(graphs, capsys, monkeypatch):
+    recorder = device.Recorder(CUDA)
+    fail(monkeypatch)
     for n in range(6):
-        assert recorder(torch.tensor([float(n)])).item() == n + 1
+        assert recorder("add", lambda a: a + 1, torch.tensor([float(n)])).item() == n + 1
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "carvana: work is not recorded (operation not permitted when stream is capturing), so it is slower."
     ]
 
 
+def test_a_step_that_fails_leaves_no_gradients_for_the_next_one(tmp_path, monkeypatch):
+    state = TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(type(state.optimizer), "step", full)
+        state.train_step(images, images[..., 0].contiguous())
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
 def test_on_other_devices_work_is_only_done():
-    assert device.recorded(torch.sum, torch.device("cpu")) is torch.sum
+    recorder = device.Recorder(torch.device("cpu"))
+    assert [recorder("sum", torch.sum, torch.ones(3)).item() for _ in range(5)] == [3] * 5
+    assert not recorder.calls
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "nmuon", "sgd"])
@@ -159,17 +214,16 @@ def test_a_training_that_a_gpu_recorded_goes_on_on_a_cpu(optimizer, tmp_path):
 ])  # fmt: skip
 def test_a_recorded_training_learns_what_an_unrecorded_one_learns(changes, tmp_path, monkeypatch):
     monkeypatch.setenv(device.CHOICE, "cuda")
-    generator, makers = torch.Generator().manual_seed(1), [device.Recorded, lambda work: work]
+    generator = torch.Generator().manual_seed(1)
     batches = torch.randint(0, 256, (4, 4, 96, 128, 3), dtype=torch.uint8, generator=generator)
-    losses, made = [], []
-    for make in makers:
-        monkeypatch.setattr(
-            "carvana.training.state.recorded", lambda work, on, make=make: made.append(make(work)) or made[-1]
-        )
+    losses, recorders = [], []
+    for record in (True, False):
         state = TrainState(recipe(**changes), 0, 24, "data", tmp_path / f"{len(losses)}")
+        recorders.append(state.recorder if record else device.Recorder(state.device, record=False))
+        state.recorder = recorders[-1]
         steps = [state.train_step(batches[i % 4], batches[i % 4, ..., 0]) for i in range(24)]
         losses.append(torch.stack(steps).cpu())
-    assert made[0].records
+    assert recorders[0].records and not recorders[1].records
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
 
 
@@ -179,8 +233,8 @@ def test_recorded_predictions_are_those_of_the_network(tmp_path, monkeypatch):
     config, logits = recipe().model_config, []
     save_checkpoint(tmp_path / "best.safetensors", SegmentationModel(config).state_dict(), config, amp="bf16")
     batches = torch.randint(0, 256, (8, 4, config.height, config.width, 3), dtype=torch.uint8)
-    for recorded in (device.recorded, lambda work, on: work):
-        monkeypatch.setattr(device, "recorded", recorded)
+    for record in (True, False):
         ensemble = Ensemble(EnsembleSpec.equal([tmp_path / "best.safetensors"], ["none", "hflip"]))
+        ensemble.recorder = ensemble.recorder if record else device.Recorder(ensemble.device, record=False)
         logits.append([ensemble.forward({(config.height, config.width): batch})[0].cpu() for batch in batches])
     torch.testing.assert_close(*logits)

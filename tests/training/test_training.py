@@ -132,6 +132,25 @@ def test_max_hours_ends_after_a_whole_step_and_the_next_call_goes_on(shared_comp
     assert again.finished
 
 
+@pytest.mark.parametrize("init_from", ["", "first"])
+def test_a_disk_that_is_full_at_the_first_state_costs_nothing_but_that(
+    trained, shared_competition, tmp_path, monkeypatch, init_from
+):
+    shutil.copytree(trained[2], tmp_path / "first")
+    changes = {"epochs": 1, "init_from": init_from}
+    expected = train(trainer_of(shared_competition, tmp_path / "whole", **changes))
+
+    def full(_):
+        raise UserError("state.pt could not be written: No space left on device.")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space"):
+        patch.setattr(TrainState, "save", full)
+        train(trainer_of(shared_competition, tmp_path / "cut", **changes))
+    assert (tmp_path / "cut" / "fold0" / "best.safetensors").exists()
+    history = train(trainer_of(shared_competition, tmp_path / "cut", **changes))
+    pd.testing.assert_series_equal(history["dice"], expected["dice"])
+
+
 def test_another_recipe_in_the_same_folder_is_refused_and_named(trained, shared_competition):
     _, _, run_dir = trained
     with pytest.raises(UserError, match=r"state.pt was trained with another lr \(0.003\)"):

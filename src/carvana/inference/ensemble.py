@@ -5,7 +5,6 @@ Checkpoints are blended by their logits: an average of logits at network size, e
 
 import math
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,9 +75,7 @@ class Ensemble:
         loaded = [load_checkpoint(path) for path in spec.checkpoints]
         self.models = [model.to(self.device) for model, _ in loaded]
         self.dtypes = [DTYPES["no" if facts.get("amp") == "no" else device.precision("auto")] for _, facts in loaded]
-        mine = weakref.proxy(self)  # else the networks would stay in memory until Python looks for cycles
-        works = [partial(Ensemble._stacked, mine, i) for i in range(len(loaded))]
-        self._all_tta = [device.recorded(work, self.device) for work in works]
+        self.recorder = device.Recorder(self.device)
 
     @classmethod
     def read(cls, path: str | Path) -> "Ensemble":
@@ -133,7 +130,8 @@ class Ensemble:
         logits = []
         for i, model in enumerate(self.models):
             batch = on_device[model.config.height, model.config.width]
-            logits.append(self._stacked(i, batch, half=False) if full_precision else self._all_tta[i](batch))
+            half = partial(self._stacked, i)
+            logits.append(self._stacked(i, batch, half=False) if full_precision else self.recorder(i, half, batch))
         return logits
 
     def _stacked(self, i: int, batch: torch.Tensor, half: bool = True) -> torch.Tensor:

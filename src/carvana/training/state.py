@@ -1,7 +1,6 @@
 """What a training consists of: network, optimiser and position, saved and resumed exactly; and snapshots to look at."""
 
 import io
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 
 from carvana.data.dataset import resized
-from carvana.device import best, moved, precision, recorded
+from carvana.device import Recorder, best, moved, precision
 from carvana.errors import UserError
 from carvana.files import atomic
 from carvana.models import SegmentationModel, load_checkpoint, load_encoder
@@ -53,7 +52,7 @@ class TrainState:
         self._averaged: list[Pair] = []  # floats of the average and of the network, and their counters
         self._loss = loss_named(recipe.loss)
         self._size: tuple[int, ...] = ()  # of the images of the last step
-        self._learn: Callable[..., torch.Tensor] = self._update
+        self.recorder = Recorder(self.device, self._recordable)
         self._lr_on_device = torch.zeros((), device=self.device) if self._recordable else None
         if path.exists():
             self.resume()
@@ -99,12 +98,11 @@ class TrainState:
         size = size_at(images.shape[1:3], self.recipe.start_size, self.step / self.total_steps)
         if size != images.shape[1:3]:
             images, targets = resized(images, targets, size)
-        if size != self._size and self._recordable:
-            self._learn = self._update  # what was recorded of the last size gives its memory back
-            self._learn = recorded(self._update, self.device)
+        if size != self._size:
+            self.recorder.forget()
         self._size = size
         with self.accelerator.accumulate(self.model):
-            loss = self._learn(images, targets)
+            loss = self.recorder("step", self._update, images, targets)
         self.step += 1
         if self.ema and self.accelerator.sync_gradients:
             self._average(self.ema)
@@ -112,11 +110,16 @@ class TrainState:
 
     def _update(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Change the weights by what a batch on the device teaches; returns its loss."""
-        loss = self._loss(self.model(images), targets.float() / 255)
-        self.accelerator.backward(loss)
-        if self.recipe.clip_norm and self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        self.optimizer.step()
+        try:
+            loss = self._loss(self.model(images), targets.float() / 255)
+            self.accelerator.backward(loss)
+            if self.recipe.clip_norm and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            self.optimizer.step()
+        except RuntimeError:  # in a recording nothing is computed: gradients would hold what was in memory before
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            raise
         self.optimizer.zero_grad()
         return loss.detach()
 

@@ -60,7 +60,8 @@ class Trainer:
         self.best_exists = run.checkpoint(fold).exists()  # as all processes see it before one of them writes
         use_gpu(fold)
         self.state = TrainState(recipe, fold, len(keys) // processes.count, data, self.folder / "state.pt")
-        if start and not self.state.history:
+        self.best_exists &= bool(self.state.history)  # else a kill or a full disk came before the state that counts
+        if start and not self.state.step:
             self.state.start_from(start)
         self.rank = self.state.accelerator.process_index
         self.batch_keys = keys[self.rank :: processes.count]
@@ -157,6 +158,7 @@ class Trainer:
     def validate_and_checkpoint(self) -> None:
         """Validate, add a row to the history, and save: weights, history, then the state that makes them count."""
         state, started = self.state, time.monotonic()
+        state.recorder.forget()  # its memory is needed here
         untrained = not (state.step or self.recipe.init_from)  # a few images of every view do
         rows = self.valid_rows[::7] if untrained else self.valid_rows
         broadcast(list(state.network.buffers()))  # of the process that saves: each has batch statistics of its own
