@@ -115,3 +115,13 @@ def test_outside_the_project_the_machine_is_looked_at_all_the_same(machine, monk
     shown = capsys.readouterr().out
     assert "note profile     no notebooks here" in shown and "cores" in shown
     assert "STOP" not in shown and "data  " not in shown
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("encoder: nosuch", 'encoder "nosuch" is unknown'), ("arch: foo", 'arch "foo" is unknown'),
+    ('decoder_channels: "a"', 'decoder_channels is "a"'),
+])  # fmt: skip
+def test_a_network_that_nobody_knows_is_a_stop(machine, line, message):
+    machine.write_text(f"{machine.read_text()}{line}\n")
+    state, seen = lines(machine)["weights"]
+    assert state == "STOP" and message in seen

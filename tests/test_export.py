@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -85,6 +86,42 @@ def test_what_is_not_there_is_named(run, tmp_path):
         export(tmp_path / "gone", tmp_path / "out", "smp")
     with pytest.raises(UserError, match=r"fold 3: .*mine has the trained folds 0. Give --fold"):
         export(run.folder, tmp_path / "out", "smp", fold=3)
+
+
+@pytest.mark.parametrize("name", ["run.json", "fold0/state.pt", "scores.csv"])
+def test_a_file_of_another_kind_is_one_line_that_advises_to_delete_nothing(run, tmp_path, name):
+    (run.folder / name).touch()
+    with pytest.raises(UserError, match=rf"{name} is no run's folder, no checkpoint .* Give one of these.") as error:
+        export(run.folder / name, tmp_path / "out", "smp")
+    assert "elete" not in str(error.value)
+
+
+def test_a_card_never_replaces_another_file(run, tmp_path):
+    readme = tmp_path / "car" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text("mine")
+    for out, kind in ((readme.parent, "smp"), (readme.with_suffix(".onnx"), "onnx"), (tmp_path / "car.md", "onnx")):
+        with pytest.raises(UserError, match=r"\.md, where the card goes, is another file, and stays"):
+            export(run.folder, out, kind, fold=0)
+    assert [path.name for path in readme.parent.iterdir()] == ["README.md"] and readme.read_text() == "mine"
+    readme.unlink()
+    for _ in range(2):  # a card of our own is written anew
+        export(run.folder, readme.parent, "smp")
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.json", "{"), ("run.json", '{"versions": 3}'), ("scores.csv", "a,b")])
+def test_what_cannot_be_read_for_the_card_ends_it_before_anything_is_written(run, tmp_path, name, text):
+    (run.folder / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        export(run.folder, tmp_path / "car", "smp", fold=0)
+    assert not (tmp_path / "car").exists()
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("carvana.files.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"car: .* GB are needed and 0.0 GB are free. Free space"):
+        export(run.folder, tmp_path / "car", "smp")
+    assert not list((tmp_path / "car").iterdir())
 
 
 def readme_mask() -> np.ndarray:

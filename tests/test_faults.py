@@ -126,6 +126,13 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_a_home_of_nobody_and_a_folder_of_no_ledger_are_one_line(tmp_path, capsys):
+    assert "~nosuch/x: there is no such user" in fails(capsys, "compare", "a", "--runs-dir", "~nosuch/x")
+    (tmp_path / "file").touch()
+    for name in ("gone", "file"):
+        assert f"{name} is no folder" in fails(capsys, "ledger", "--offline", "--submissions-dir", tmp_path / name)
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.atomic(tmp_path / "part.csv") as file:
         file.write(b"half")

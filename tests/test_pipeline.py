@@ -16,6 +16,7 @@ from carvana import device, files, pipeline, profiles
 from carvana.errors import UserError
 from carvana.files import project_root
 from carvana.run import Run
+from carvana.training.losses import LOSSES
 
 PROFILES = sorted((project_root() / "profiles").glob("*.yaml"))
 
@@ -65,11 +66,11 @@ def test_names_that_must_not_change_are_there():
     ("text", "message"),
     [
         ("epoch: 3", r'parameter "epoch" of .*own.yaml is in no notebook, did you mean "epochs"'),
-        ("epochs: three", r'parameter "epochs" of .*own.yaml is \'three\', but must be int such as 12'),
-        ("epochs: 1.5", r'parameter "epochs" .* must be int'),
-        ("submit: 1", r'parameter "submit" .* must be bool'),
-        ("lr: fast", r'parameter "lr" .* must be float'),
-        ("encoder: 34", r'parameter "encoder" .* must be str'),
+        ("epochs: three", r'parameter "epochs" of .*own.yaml is \'three\', but must be a whole number such as 12'),
+        ("epochs: 1.5", r'parameter "epochs" .* must be a whole number'),
+        ("submit: 1", r'parameter "submit" .* must be True or False'),
+        ("lr: fast", r'parameter "lr" .* must be a number'),
+        ("encoder: 34", r'parameter "encoder" .* must be a text in quotes'),
         ("[1, 2]", r"must hold lines such as"),
         ("a: [", r"own.yaml is not YAML"),
     ],
@@ -78,6 +79,26 @@ def test_a_wrong_profile_is_refused_before_anything_runs(tmp_path, text, message
     with pytest.raises(UserError, match=message) as error:
         profiles.load_profile(profile(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("encoder: resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
+    ("arch: unett", 'arch "unett" is unknown, did you mean "unet"'),
+    ('decoder_channels: "a,b"', 'decoder_channels is "a,b"'),
+    ("height: 100", "height is 100, but must be a multiple of 32"),
+    ("encoder_weights: lost.pth", "lost.pth does not exist"),
+    ("loss: dise", 'loss "dise" is unknown, did you mean "dice"'),
+    ("schedule: cosin", 'schedule "cosin" is unknown, did you mean "cosine"'),
+])  # fmt: skip
+def test_what_03_could_not_train_is_refused_before_01_downloads_anything(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(pipeline, "execute", None)
+    folders = "".join(f"{name}_dir: {tmp_path / name}\n" for name in ("data", "runs", "submissions"))
+    with pytest.raises(UserError, match=message):
+        pipeline.run(profile(tmp_path, folders + text))
+
+
+def test_the_losses_that_profiles_may_name_are_those_there_are():
+    assert set(profiles.CHOICES["loss"]) == set(LOSSES)
 
 
 def test_a_profile_that_is_not_there_is_named(tmp_path):
@@ -162,24 +183,24 @@ def test_an_unknown_tta_is_refused_with_the_profile(tmp_path, name):
         (b"epochs: 3\nepochs: 4", "stands twice"),
         (b"1: 2", '"1" of .* is in no notebook'),
         (b"? [a]\n: 2", "is in no notebook"),
-        (b"run_name: null", "must be str"),
-        (b"data_dir:", "must be str"),
-        (b"lr: .nan", "must be float"),
-        (b"lr: .inf", "must be float"),
+        (b"run_name: null", "must be a text in quotes"),
+        (b"data_dir:", "must be a text in quotes"),
+        (b"lr: .nan", "must be a number"),
+        (b"lr: .inf", "must be a number"),
         (b"lr: -1", "from 1e-09 to 10"),
         (b"lr: 1" + b"0" * 5000, "from 1e-09 to 10"),
-        (b"epochs: 1" + b"0" * 5000, "must be int"),
-        (b"epochs: 010", "must be int"),
-        (b"epochs: 1:30", "must be int"),
-        (b"epochs: 1_000", "must be int"),
-        (b"lr: 1:30", "must be float"),
-        (b"epochs: 2020-01-01", "must be int"),
-        (b"run_name: 2020-01-01", "must be str"),
-        (b"epochs: [3]", "must be int"),
-        (b"epochs: {a: 1}", "must be int"),
-        (b"submit: yes please", "must be bool"),
+        (b"epochs: 1" + b"0" * 5000, "must be a whole number"),
+        (b"epochs: 010", "must be a whole number"),
+        (b"epochs: 1:30", "must be a whole number"),
+        (b"epochs: 1_000", "must be a whole number"),
+        (b"lr: 1:30", "must be a number"),
+        (b"epochs: 2020-01-01", "must be a whole number"),
+        (b"run_name: 2020-01-01", "must be a text in quotes"),
+        (b"epochs: [3]", "must be a whole number"),
+        (b"epochs: {a: 1}", "must be a whole number"),
+        (b"submit: yes please", "must be True or False"),
         (b"seed: -1", "from 0 to"),
-        (b"seed: 1180591620717411303424", "must be int"),
+        (b"seed: 1180591620717411303424", "must be a whole number"),
         (b'run_name: "a\\0b"', "is no name of a run"),
         (b'exclude: "a\\0b"', "is no file"),
         ("run_name: Größe".encode("latin-1"), "is not YAML"),

@@ -256,3 +256,16 @@ def test_a_run_whose_name_is_no_folder_is_refused_before_work(tmp_path, name):
     with pytest.raises(UserError, match="is no name of a run"):
         Run(tmp_path, name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ("img,dice\na.jpg,0.9\n", "no column car"),
+    ("img,car,dice\na.jpg,a,0.9\na.jpg,a,0.9\n", "names an image twice"),
+    ("img,car,dice\na.jpg,a,-7.5\n", "a Dice outside 0 to 1"),
+])  # fmt: skip
+def test_scores_that_cannot_be_are_one_line(tmp_path, rows, message):
+    run = Run(tmp_path, "run")
+    run.folder.mkdir()
+    run.scores_path.write_text(rows)
+    with pytest.raises(UserError, match=rf"scores.csv .*{message}"):
+        run.scores()

@@ -5,12 +5,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from carvana.errors import UserError
 
 Action: TypeAlias = Callable[[argparse.Namespace], int | None]
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+STARTS = "; a relative one starts at the project's folder"
+RUNS_DIR: dict[str, Any] = {"type": Path, "default": Path("runs"), "help": f"folder of all runs{STARTS}"}
+SUBMISSIONS_DIR = RUNS_DIR | {"default": Path("submissions"), "help": f"folder of ledger.csv{STARTS}"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,6 +149,8 @@ def _ledger(options: argparse.Namespace) -> None:
     from carvana.kaggle.submit import ledger_rows, ledger_table, refresh
 
     submissions_dir = resolve(options.submissions_dir)
+    if not submissions_dir.is_dir():
+        raise UserError(f"{submissions_dir} is no folder. Give the one of ledger.csv: --submissions-dir")
     if not options.offline and ledger_rows(submissions_dir / "ledger.csv"):
         refresh(submissions_dir)
     table = ledger_table(submissions_dir, options.runs_dir)
@@ -176,7 +181,7 @@ def _add_run_commands(commands: Commands) -> None:
     doctor.add_argument("profile", type=Path, nargs="?", help="the YAML file that shall run; default: none")
     compare = _command(commands, "compare", _compare, "compare the out-of-fold Dice of runs, image by image")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="names in the folder of all runs")
-    compare.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
+    compare.add_argument("--runs-dir", **RUNS_DIR)
     export = _command(commands, "export", _export, "write a trained network for programs without this package")
     export.add_argument("source", type=Path, help="a run's folder, a checkpoint or an ensemble.json")
     export.add_argument("out", type=Path, help="folder (smp) or file (onnx) to write; its card is written beside")
@@ -209,12 +214,12 @@ def _add_submission_commands(commands: Commands) -> None:
     submit.add_argument("-m", "--message", required=True, help="its description on Kaggle")
     submit.add_argument("--yes", action="store_true", help="do not ask")
     submit.add_argument("--again", action="store_true", help="send a file anew that was, or may have been, sent before")
-    submit.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
+    submit.add_argument("--submissions-dir", **SUBMISSIONS_DIR)
     submit.add_argument("--run-name", default="", help="that made the file; default: the file's own name")
     _add_expected(submit)
     ledger = _command(commands, "ledger", _ledger, "list submissions with their scores, refreshed from Kaggle")
-    ledger.add_argument("--submissions-dir", type=Path, default=Path("submissions"), help="folder of ledger.csv")
-    ledger.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs")
+    ledger.add_argument("--submissions-dir", **SUBMISSIONS_DIR)
+    ledger.add_argument("--runs-dir", **RUNS_DIR)
     ledger.add_argument("--offline", action="store_true", help="do not ask Kaggle")
 
 
@@ -238,7 +243,7 @@ def _add_kernel_commands(commands: Commands) -> None:
     push.add_argument("folder", type=Path, help="what `carvana kernel build` has written")
     push.add_argument("--resume", action="store_true", help="go on from the output of the last version")
     push.add_argument("--wait", action="store_true", help="follow it to its end and fetch its output; can be repeated")
-    push.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs, for --wait")
+    push.add_argument("--runs-dir", **RUNS_DIR)
 
 
 def _command(commands: Commands, name: str, function: Action, text: str) -> argparse.ArgumentParser:

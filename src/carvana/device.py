@@ -18,7 +18,6 @@ from carvana.files import resolve
 from carvana.parallel import SHARED_MEMORY, Processes, cores
 from carvana.profiles import check
 
-PRECISIONS = ("no", "fp16", "bf16", "auto")
 CHOICE = "CARVANA_DEVICE"  # environment variable with the parameter `device`: started processes inherit it
 DRIVERS = Path("/dev")
 Work: TypeAlias = Callable[..., torch.Tensor]
@@ -134,8 +133,7 @@ def moved(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def precision(amp: str) -> str:
     """The mixed precision that `amp` means on the device: "no", "fp16" or "bf16"."""
-    if amp not in PRECISIONS:
-        raise UserError(f'amp is "{amp}". Choose from: {", ".join(PRECISIONS)}.')
+    check({"amp": amp})
     on_gpu = best().type == "cuda"
     if amp == "fp16" and not on_gpu:
         raise UserError("amp is fp16, which needs a GPU. Choose auto.")

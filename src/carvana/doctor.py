@@ -140,9 +140,10 @@ def _data(values: Values) -> str:
 def _weights(values: Values) -> str:
     from carvana import models
 
-    wanted, encoder = values["encoder_weights"], values["encoder"]
+    wanted, encoder, config = values["encoder_weights"], values["encoder"], models.ModelConfig.of(values)
+    models.check_names(config)
+    models.check_weights(config, wanted)
     if wanted != "imagenet":
-        models.check_weights(models.ModelConfig(values["arch"], encoder, "", 32, 32), wanted)
         return wanted or "none needed"
     there, advice = models.in_cache(encoder), "03_train fetches them; without internet give a file: encoder_weights"
     return _noted(f"imagenet of {encoder}, {'' if there else 'not '}cached", not there, advice)

@@ -66,11 +66,14 @@ def export(source: Path, out: Path, kind: str, fold: int | None = None) -> list[
     what was written, and how far it is from torch. UserError for what a format cannot hold.
     """
     spec, run = _source(source, fold)
+    card = out / "README.md" if kind == "smp" else out.with_suffix(".md")
+    if card == out or (card.exists() and not card.read_bytes().startswith(CARD[: CARD.index("{")].encode())):
+        raise UserError(f"{card}, where the card goes, is another file, and stays. Give another place.")
     blend = Blend(replace(spec, tta=("none",)) if kind == "smp" else spec)
+    facts = _facts(run, blend)  # all is read before anything is written
     predict, use = (_write_smp if kind == "smp" else _write_onnx)(blend, out)
     check = _compare(blend, predict, *_images(run, blend))
-    card = out / "README.md" if kind == "smp" else out.with_suffix(".md")
-    write_text(card, CARD.format(**_facts(run, blend), use=use, check=check))
+    write_text(card, CARD.format(**facts, use=use, check=check))
     left = [f"tta {', '.join(spec.tta)} is left out: one network has none"] if blend.spec.tta != tuple(spec.tta) else []
     return [f"{out} is written, its card is {card}", *left, check]
 
@@ -84,8 +87,14 @@ def _source(source: Path, fold: int | None) -> tuple[EnsembleSpec, Run]:
     run = Run(folder.parent, folder.name)
     if path.suffix == ".safetensors":
         return EnsembleSpec.equal([path], ["none"]), run
-    if fold is None and (path.is_file() or run.ensemble_path.exists()):
-        return EnsembleSpec.read(path if path.is_file() else run.ensemble_path), run
+    if path.is_file():
+        try:
+            return EnsembleSpec.read(path), run
+        except UserError as error:
+            kinds = "no run's folder, no checkpoint (.safetensors) and no ensemble.json that can be read"
+            raise UserError(f"{source} is {kinds}. Give one of these.") from error
+    if fold is None and run.ensemble_path.exists():
+        return EnsembleSpec.read(run.ensemble_path), run
     checkpoints = run.checkpoints()
     number = next(iter(checkpoints)) if fold is None and len(checkpoints) == 1 else fold
     if number not in checkpoints:
@@ -98,8 +107,8 @@ def _write_smp(blend: Blend, out: Path) -> tuple[Predict, str]:
     if blend.config.arch == "classic_unet" or len(blend.models) > 1:
         has = f"this is {len(blend.models)} of {blend.config.arch}"
         raise UserError(f"format smp holds one network that smp knows, but {has}. Give --fold or --format onnx.")
-    need_space(out)
     model = blend.models[0]
+    need_space(out, 4 * sum(tensor.numel() for tensor in model.state_dict().values()) + 1_000_000)
     model.net.save_pretrained(out)
     loaded, mean, std = smp.from_pretrained(str(out)), model.mean / 255, 1 / model.scale / 255
     numbers = " and ".join(str(tuple(round(value, 6) for value in of.flatten().tolist())) for of in (mean, std))
@@ -145,7 +154,7 @@ def _images(run: Run, blend: Blend) -> tuple[str, np.ndarray]:
         names = [name for name in images.names if car_and_view(name)[0] in unseen]
         spread = names[:: len(names) // 10 or 1][:10]
         return "validation images", np.stack([read_image(images, name, *size)[0] for name in spread])
-    except (UserError, KeyError, ValueError):  # it was trained elsewhere
+    except (UserError, KeyError, ValueError, TypeError):  # it was trained elsewhere
         return "images of noise", np.random.default_rng(0).integers(0, 256, (10, *size, 3), np.uint8)
 
 
@@ -178,7 +187,7 @@ def _facts(run: Run, blend: Blend) -> dict[str, Any]:
     return {
         "run": run.name, "threshold": spec.threshold, "dice": dice, **vars(blend.config),
         "checkpoints": f"{listed}; tta {', '.join(spec.tta)}",
-        "images": f"{Path(parameters.get('data_dir', 'unknown')).name}, fingerprint {note.get('data', 'unknown')}",
+        "images": f"{Path(str(parameters.get('data_dir', 'unknown'))).name}, fingerprint {note.get('data', 'unknown')}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "encoder_weights": parameters.get("encoder_weights", "unknown") or "none",
         "licence": f", licence {first.license or 'unknown'}" if first else "",

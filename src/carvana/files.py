@@ -141,7 +141,10 @@ def project_root() -> Path:
 
 def resolve(path: str | Path) -> Path:
     """An absolute path; relative ones start at `project_root()`, in Jupyter and under papermill alike."""
-    return project_root() / Path(path).expanduser()
+    try:
+        return project_root() / Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such user. Correct the path.") from error
 
 
 def optional_path(path: str | Path) -> Path | None:

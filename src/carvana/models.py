@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ class ModelConfig:
     decoder_channels: str
     height: int
     width: int
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "ModelConfig":
+        """From the parameters of a notebook, others among them."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
         """Refuse sizes that the network cannot halve five times."""
@@ -109,7 +114,7 @@ def check_names(config: ModelConfig) -> None:
     encoders = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
     if config.encoder not in encoders:
         hint = did_you_mean(config.encoder, encoders)
-        raise UserError(f'encoder "{config.encoder}" is unknown{hint} Any of smp, or tu-NAME for any of timm.')
+        raise UserError(f'encoder "{config.encoder}" is unknown{hint} Take one of smp, or tu-NAME of timm.')
 
 
 def _channels(text: str) -> tuple[int, ...]:

@@ -37,14 +37,20 @@ NAME = (
 TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
 FILES = ("exclude", "ensemble", "test_dir", "sample", "accelerate_config")
+CHOICES = {
+    "loss": ("dice", "bce", "bce_dice", "boundary", "lovasz", "focal"),
+    "schedule": ("cosine", "onecycle", "plateau", "constant"),
+    "amp": ("no", "fp16", "bf16", "auto"),
+    "device": ("auto", "cuda", "mps", "cpu"),
+}
 PATTERNS = {  # of a text, or of each item of a list, and what is said where it does not fit
     **dict.fromkeys(("run_name", "members", "init_from", "pseudo_labels"), NAME),
     "tta": (TTA, "is unknown. Choose from: none, hflip, scale0.75, scale1.25, ... from 0.25 to 4"),
     "tracker": (f"({TRACKERS})".replace(", ", "|"), f"is unknown. Choose from: {TRACKERS}"),
-    "device": ("auto|cuda|mps|cpu", "is unknown. Choose from: auto, cuda, mps, cpu"),
     **dict.fromkeys(("data_dir", "runs_dir", "submissions_dir"), (r"[^\0]+", "is no folder. Give its path")),
     **dict.fromkeys(FILES, (r"[^\0]*", "is no file. Give its path")),
 }
+KINDS = {bool: "True or False,", int: "a whole number", float: "a number", str: "a text in quotes"}
 LISTS = ("members", "init_from", "pseudo_labels", "tta", "tracker")  # which may be empty
 LINE = r"^(\w+) *= *(.*?) *(?:# *(.*))?$"  # of a parameters cell; papermill's own reader takes 2 seconds to import
 WHOLE, NUMBER = r"[-+]?(0|[1-9]\d{0,18})", r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?"  # no 010, 1:30, 1_000
@@ -63,7 +69,7 @@ def notebook_path(name: str) -> Path:
     """Path of a notebook; UserError outside the project's folder."""
     path = project_root() / "notebooks" / f"{name}.ipynb"
     if not path.exists():
-        raise UserError(f"{path} does not exist. Call carvana from the project's folder.")
+        raise UserError(f"{path} does not exist. Call carvana in the project's folder, which holds notebooks/.")
     return path
 
 
@@ -107,9 +113,14 @@ def check(values: Values) -> None:
         except (TypeError, ValueError, OverflowError):
             fits = False
         if not fits or (isinstance(low, int) and not isinstance(value, int)):
-            kind = f"{'a whole number' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}"
+            whole = isinstance(low, int)
+            kind = f"a whole number from {low} to {high}" if whole else f"a number from {low:g} to {high:g}"
             wanted = "True or False" if isinstance(low, bool) else kind
             raise UserError(f"{name} is {repr(value)[:40]}, but must be {wanted}.")
+    for name in values.keys() & CHOICES.keys():
+        if (value := str(values[name])) not in CHOICES[name]:
+            hint = did_you_mean(value, CHOICES[name])
+            raise UserError(f'{name} "{value[:40]}" is unknown{hint} Choose from: {", ".join(CHOICES[name])}.')
     for name in values.keys() & PATTERNS.keys():
         pattern, advice = PATTERNS[name]
         items = parse_list(values[name]) if name in LISTS else [values[name]]
@@ -150,7 +161,7 @@ def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> V
         default = defined[name].default
         profile[name] = value = _value(node, default)
         if value is None:
-            shown, kind = repr(node if given else node.value)[:60], type(default).__name__
+            shown, kind = repr(node if given else node.value)[:60], KINDS[type(default)]
             raise UserError(f'parameter "{name}" of {path} is {shown}, but must be {kind} such as {default!r}.')
     check(profile)
     return profile

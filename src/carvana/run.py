@@ -54,6 +54,7 @@ class Facts(TypedDict, total=False):
     """What run.json (parameters) and submission.json hold; more may stand there."""
 
     parameters: dict[str, Any]
+    versions: dict[str, str]
     path: str
     rows: int
     true_dice: float
@@ -99,7 +100,7 @@ class Run:
         """Best checkpoint of every fold that has one; UserError where none has, or one is of an untrained network."""
         paths = {fold: self.checkpoint(fold) for fold in self._fold_dirs() if self.checkpoint(fold).exists()}
         if not paths:
-            raise UserError(f"{self.folder} has no trained fold. Train with 03_train, or correct run_name or members.")
+            raise UserError(f"{self.folder} has no trained fold. Train with 03_train, or name another run.")
         if untrained := [fold for fold, epoch in self.epochs_done().items() if fold in paths and not epoch]:
             raise UserError(f"{self.fold_dir(untrained[0])} has not ended an epoch. Train or delete it.")
         return paths
@@ -177,7 +178,11 @@ class Run:
         """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
         if not self.scores_path.exists():
             raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
-        return read_csv(self.scores_path, "img", "dice")
+        scores = read_csv(self.scores_path, "img", "car", "dice")
+        if scores["img"].duplicated().any() or not scores["dice"].between(0, 1).all():
+            reason = f"{self.scores_path} names an image twice, or has a Dice outside 0 to 1"
+            raise UserError(f"{reason}. Delete it and score the run with 04_evaluate again.")
+        return scores
 
     def out_of_fold_dice(self) -> float | None:
         """Mean Dice of the images that a fold has scored; None where the run has no scores."""

@@ -119,6 +119,13 @@ def test_other_parameters_in_the_same_folder_are_an_error(small):
         demo.write_competition(folder, cars=1, test_cars=1, seed=4)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "{", ""])
+def test_a_damaged_note_of_a_demo_is_one_line_with_its_name(tmp_path, text):
+    (tmp_path / "demo.json").write_text(text)
+    with pytest.raises(UserError, match=r"demo.json cannot be read as JSON"):
+        demo.write_competition(tmp_path, cars=1, test_cars=1)
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "train.zip").write_bytes(b"real")
     with pytest.raises(UserError, match=str(tmp_path)):

@@ -55,7 +55,7 @@ def test_the_same_is_built_from_the_same(built, profile, tmp_path):
 
 
 def test_a_weights_file_is_packed(profile, tmp_path):
-    with pytest.raises(UserError, match="--weights .*w.safetensors is no file"):
+    with pytest.raises(UserError, match="--weights .*w.safetensors is no .safetensors"):
         kernels.build(kernels.KernelPlan(profile, USER, tmp_path / "w.safetensors", wheels=False), tmp_path / "built")
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     arguments = ["--profile", profile, "--folder", tmp_path / "built", "--user", USER, "--no-wheels"]

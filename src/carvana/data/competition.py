@@ -212,7 +212,8 @@ def _read_table(path: Path, *columns: str) -> pd.DataFrame:
             raise ValueError(f"a name in {columns[0]} stands there twice" if len(table) else "it has no rows")
         return table
     except (OSError, ValueError) as error:
-        reason = f"{path} is not a table of {', '.join(columns)}: {' '.join(str(error).split())}"
+        kind = f"a table of {', '.join(columns)}" if columns else "a table"
+        reason = f"{path} is not {kind}: {' '.join(str(error).split())}"
         raise UserError(f"{reason}. Correct it or download it.") from error
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -270,9 +271,9 @@ def _write_car(folder, key):
 
 def _complete(folder, wanted):
     """Whether `folder` holds this demo; UserError where it holds something else."""
-    note = read_json(folder / "demo.json") if (folder / "demo.json").exists() else {}
+    note = read_json(folder / "demo.json", dict[str, Any]) if (folder / "demo.json").exists() else {}
     if {name: note.get(name) for name in wanted} != wanted and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds no demo, or another one: {note}. Use another folder or delete it.")
+        raise UserError(f"{folder} holds other files, or another demo: {note}. Give an empty folder.")
     files = sum(len(list(folder.glob(names))) for names in ("t*/*.jpg", "train_masks/*.gif", "*.csv"))
     return note.get("complete") and files >= (2 * wanted["cars"] + wanted["test_cars"]) * VIEWS + 4
 
@@ -284,7 +285,7 @@ def write_competition(folder: str | Path, cars: int = 12, test_cars: int = 4, se
     """
     folder, wanted = Path(folder), {"version": VERSION, "cars": cars, "test_cars": test_cars, "seed": seed}
     if min(cars, test_cars) < 1 or seed < 0:
-        raise UserError(f"cars={cars} and test_cars={test_cars} must be 1 or more and seed={seed} not negative.")
+        raise UserError(f"cars is {cars}, test_cars {test_cars}, seed {seed}: give 1 or more, 1 or more, 0 or more.")
     if _complete(folder, wanted):
         return
     need_space(folder, (cars + test_cars) * VIEWS * 150_000)

@@ -48,7 +48,7 @@ class EnsembleSpec:
         note = read_json(path, EnsembleNote)
         checkpoints, weights = zip(*((path.parent / m["path"], m["weight"]) for m in note["members"]), strict=True)
         if not math.isclose(sum(weights), 1, abs_tol=1e-6):
-            raise UserError(f"{path}: the weights sum to {sum(weights):.6g}, but must to 1. Correct them.")
+            raise UserError(f"{path}: the weights sum to {sum(weights):.6g}, but must sum to 1. Correct them.")
         return cls(checkpoints, weights, tuple(note["views"]), note["threshold"])
 
     def write(self, path: Path) -> None:

@@ -87,8 +87,8 @@ def _encoder_file(given: Path | None, profile: dict[str, Any], folder: Path) -> 
         except UserError as error:
             raise UserError(f"{error} Here: --weights FILE, as the kernel has no internet.") from None
     weights = given or optional_path(profile["encoder_weights"])
-    if weights and not weights.is_file():
-        raise UserError(f"--weights {weights} is no file. Give one of encoder weights (.safetensors or .pth).")
+    if weights and not (weights.is_file() and weights.suffix in (".safetensors", ".pth")):
+        raise UserError(f"--weights {weights} is no .safetensors or .pth file. Give one of encoder weights.")
     return weights
 
 

@@ -6,7 +6,7 @@ import torch
 from segmentation_models_pytorch import losses as smp
 from torch.nn.functional import max_pool2d
 
-from carvana.errors import UserError, did_you_mean
+from carvana.profiles import check
 
 
 def _bce_dice() -> Callable:
@@ -45,7 +45,6 @@ def loss_named(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 
     Half precision sums of a million pixels overflow or stall, so both are cast first. UserError for an unknown name.
     """
-    if name not in LOSSES:
-        raise UserError(f'loss "{name}" is unknown{did_you_mean(name, LOSSES)} Choose from: {", ".join(LOSSES)}.')
+    check({"loss": name})
     loss = LOSSES[name]()
     return lambda logits, target: loss(logits.float().unsqueeze(1), target.float().unsqueeze(1))

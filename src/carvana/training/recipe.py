@@ -14,9 +14,7 @@ from carvana.errors import UserError, did_you_mean
 from carvana.grid import STRIDE
 from carvana.models import ModelConfig, check_names
 from carvana.profiles import check
-from carvana.training.losses import loss_named
 
-SCHEDULES = ("cosine", "onecycle", "plateau", "constant")
 BYTES_A_PIXEL = 300  # of a batch in a training step: a third of the least that was measured (profiles/README.md)
 
 
@@ -68,14 +66,10 @@ class Recipe:
         check(parameters)
         recipe = cls(**{name: _typed(name, kind, parameters[name]) for name, kind in get_type_hints(cls).items()})
         check_names(recipe.model_config)
-        loss_named(recipe.loss)
         precision(recipe.amp)
         recipe._check_crop()
         if recipe.pseudo_labels and recipe.batch_size < 2:
             raise UserError("batch_size is 1, but with pseudo_labels it must be 2 or more: a true and a soft mask.")
-        if recipe.schedule not in SCHEDULES:
-            hint = did_you_mean(recipe.schedule, SCHEDULES)
-            raise UserError(f'schedule "{recipe.schedule}" is unknown{hint} Choose from: {", ".join(SCHEDULES)}.')
         if recipe.optimizer not in list_optimizers():
             hint = did_you_mean(recipe.optimizer, list_optimizers())
             raise UserError(f'optimizer "{recipe.optimizer}" is unknown{hint} Any name of timm will do.')
@@ -100,7 +94,7 @@ class Recipe:
     @property
     def model_config(self) -> ModelConfig:
         """The part that prediction needs to know."""
-        return ModelConfig(self.arch, self.encoder, self.decoder_channels, self.height, self.width)
+        return ModelConfig.of(vars(self))
 
     @property
     def pseudo_count(self) -> int:
