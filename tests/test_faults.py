@@ -208,6 +208,16 @@ def test_validate_prints_every_problem_and_exits_with_one(competition, capsys):
         assert word in told
 
 
+def test_what_a_terminal_cannot_show_is_shown_as_a_question_mark(tmp_path, capsys):
+    assert str(UserError("image a\nb\x1b[31m_01.jpg is bad")) == "image a?b?[31m_01.jpg is bad"
+    sample, bad = tmp_path / "sample.csv", tmp_path / "bad.csv"
+    sample.write_text("img,rle_mask\na_01.jpg,1 1\n")
+    bad.write_bytes(b"img,rle_mask\n\x1b[31m\x00,1 1\n")
+    assert cli.main(["validate", str(bad), "--sample", str(sample)]) == 1
+    assert "\x1b" not in (told := capsys.readouterr().out) and "?[31m?" in told
+    assert "gone.csv does not exist" in fails(capsys, "validate", tmp_path / "gone.csv", "--sample", sample)
+
+
 def test_a_worker_process_hands_on_our_line_alone():
     error = UserError("Caught UserError in DataLoader worker.\nTraceback\ncarvana.errors.UserError: image x is bad.\n")
     assert str(error) == "image x is bad."

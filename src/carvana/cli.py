@@ -96,6 +96,8 @@ def _export(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> int:
     from carvana.submission import Expected, validate
 
+    if not options.file.exists():
+        raise UserError(f"{options.file} does not exist. Give a submission: csv, csv.gz or csv.zip.")
     validation = validate(options.file, Expected(options.sample, options.height, options.width))
     print("\n".join(validation.lines()))
     return 0 if validation.ok else 1

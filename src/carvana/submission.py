@@ -168,7 +168,7 @@ class _Problems(dict[str, Problem]):
         problem = self.setdefault(kind, Problem(kind))
         problem.count += 1
         if len(problem.examples) < EXAMPLES:
-            problem.examples.append(place)
+            problem.examples.append(str(UserError(place)))  # which a terminal can show
 
 
 def _body(path: str | Path, names: dict[str, bool], problems: _Problems) -> Iterator[tuple[int, list[bytes]]]:
