@@ -87,7 +87,7 @@ def page(scores: dict[int, pd.DataFrame], options: argparse.Namespace) -> str:
         tables = {seed: table[table["where"] == where] for seed, table in scores.items()}
         rows = {str(seed): (table["without"], table["with"], table["car"]) for seed, table in tables.items()}
         without, with_ = (np.mean([table[name] for table in tables.values()], axis=0) for name in ("without", "with"))
-        rows |= {"mean": (without, with_, next(iter(tables.values()))["car"])}
+        rows |= {"mean": (without, with_, next(iter(tables.values()))["car"])} if len(tables) > 1 else {}
         for seed, (before, after, cars) in rows.items():
             gain, low, high = mean_over_cars(after - before, cars)
             shown = f"{before.mean():.6f} | {after.mean():.6f} | {gain:+.6f} | {low:+.6f} to {high:+.6f}"
@@ -97,10 +97,10 @@ def page(scores: dict[int, pd.DataFrame], options: argparse.Namespace) -> str:
 Fold 0 of 2 at {options.size}x{options.size} by the recipe of `profiles/cpu.yaml` in {options.epochs} epochs, then
 anew in as many steps, in which half of each batch are soft masks of test images that the first network has predicted:
 the {SHARE:.0%} with the surest edges. Neither network has seen the cars that they are scored on. Intervals are paired,
-over cars; that of the mean does not hold the spread between seeds.
+over cars; they do not hold the spread between seeds.
 
-Machine: {machine()}. Command: `python bench/pseudo.py --data FOLDER --full FOLDER --encoder-weights FILE
---size {options.size} --epochs {options.epochs} --seeds {" ".join(map(str, scores))}`.
+Machine: {machine()}.
+Command: `python bench/pseudo.py --data FOLDER --full FOLDER --encoder-weights FILE --size {options.size} --epochs {options.epochs} --seeds {" ".join(map(str, scores))}`.
 
 {chr(10).join(lines)}
 """

@@ -96,4 +96,4 @@ def test_the_pseudo_script_compares_the_same_images(bench, shared_competition, t
     assert len(pd.read_csv(tmp_path / "without1" / "pseudo" / "labels.csv")) == 2  # of four test images
     assert (tmp_path / "with1" / "fold0" / "best.safetensors").exists()
     table = scores.assign(without=0.9).assign(**{"with": 0.92})
-    assert f"| {script.FOLD} | mean | 0.900000 | 0.920000 | +0.020000 | " in script.page({1: table}, options)
+    assert f"| {script.FOLD} | mean | 0.900000 | 0.920000 | +0.020000 | " in script.page({1: table, 2: table}, options)
