@@ -92,6 +92,7 @@ def page(scores: dict[int, pd.DataFrame], options: argparse.Namespace) -> str:
             gain, low, high = mean_over_cars(after - before, cars)
             shown = f"{before.mean():.6f} | {after.mean():.6f} | {gain:+.6f} | {low:+.6f} to {high:+.6f}"
             lines.append(f"| {where} | {seed} | {shown} |")
+    sizes = f"--size {options.size} --epochs {options.epochs} --seeds {' '.join(map(str, scores))}"
     return f"""# What soft masks of test images add
 
 Fold 0 of 2 at {options.size}x{options.size} by the recipe of `profiles/cpu.yaml` in {options.epochs} epochs, then
@@ -100,7 +101,7 @@ the {SHARE:.0%} with the surest edges. Neither network has seen the cars that th
 over cars; they do not hold the spread between seeds.
 
 Machine: {machine()}.
-Command: `python bench/pseudo.py --data FOLDER --full FOLDER --encoder-weights FILE --size {options.size} --epochs {options.epochs} --seeds {" ".join(map(str, scores))}`.
+Command: `python bench/pseudo.py --data FOLDER --full FOLDER --encoder-weights FILE {sizes}`.
 
 {chr(10).join(lines)}
 """
