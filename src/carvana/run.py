@@ -180,8 +180,7 @@ class Run:
             raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
         scores = read_csv(self.scores_path, "img", "car", "dice")
         if scores["img"].duplicated().any() or not scores["dice"].between(0, 1).all():
-            reason = f"{self.scores_path} names an image twice, or has a Dice outside 0 to 1"
-            raise UserError(f"{reason}. Delete it and score the run with 04_evaluate again.")
+            raise UserError(f"{self.scores_path} names an image twice, or has a Dice outside 0 to 1. Run 04_evaluate.")
         return scores
 
     def out_of_fold_dice(self) -> float | None:
@@ -193,9 +192,7 @@ class Run:
 
     def quality(self) -> pd.DataFrame | None:
         """quality.csv with a person's marks in the column exclude; None where the run has none."""
-        if not self.quality_path.exists():
-            return None
-        return read_csv(self.quality_path, "img", "exclude")
+        return read_csv(self.quality_path, "img", "exclude") if self.quality_path.exists() else None
 
     def write_start(self, parameters: dict[str, Any], data: str) -> None:
         """Write run.json: what the run starts with; data: fingerprint of its samples."""
@@ -221,9 +218,7 @@ class Run:
                 raise
             note = {}
         if lacking := [key for key in needed if key not in note]:
-            raise UserError(
-                f"{path} is not there or lacks {lacking[0]}. Delete it and run the step that writes it again."
-            )
+            raise UserError(f"{path} is not there or lacks {lacking[0]}. Delete it, then run its step again.")
         return note
 
     def write_note(self, name: str, facts: dict[str, Any]) -> None:

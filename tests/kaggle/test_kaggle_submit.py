@@ -77,7 +77,7 @@ def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, s
     fake.pending = 0
     run = tmp_path / "runs" / "r1"
     run.mkdir(parents=True)
-    (run / "scores.csv").write_text("img,fold,dice\na,0,0.99\nb,1,0.98\nc,-1,0.5\n")
+    (run / "scores.csv").write_text("img,car,fold,dice\na,x,0,0.99\nb,y,1,0.98\nc,z,-1,0.5\n")
     places = ["--submissions-dir", str(sub["submissions_dir"]), "--runs-dir", str(tmp_path / "runs")]
     assert cli.main(["ledger", *places, "--offline"]) == 0
     assert "pending" in capfd.readouterr().out
@@ -85,6 +85,7 @@ def test_the_ledger_is_refreshed_and_printed_beside_the_out_of_fold_dice(fake, s
     shown = capfd.readouterr().out
     assert all(text in shown for text in ("r1", "0.985000", "0.997012", "0.996543", "complete"))
     assert ledger(sub)[0]["status"] == "complete"
+    (tmp_path / "none").mkdir()
     assert cli.main(["ledger", "--submissions-dir", str(tmp_path / "none")]) == 0
     assert "No submission yet." in capfd.readouterr().out
 

@@ -22,12 +22,13 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @pytest.fixture
 def graphs(monkeypatch):
     """CUDA graphs as a CPU can play them: a replay does the recorded work again on the kept inputs."""
-    made = SimpleNamespace(pools=[], modes=[])
+    made = SimpleNamespace(pools=[], modes=[], works={})
 
     class Graph:
         def replay(self):
-            work, inputs, result = self.recorded
-            result.copy_(work(*inputs))
+            records = self.recorder.records.items()
+            name, inputs, result = next((key[0], *record[1:]) for key, record in records if record[0] is self)
+            result.copy_(made.works[name](*inputs))
 
     @contextlib.contextmanager
     def recording(graph, pool, stream, capture_error_mode):
@@ -39,15 +40,13 @@ def graphs(monkeypatch):
         def wait_stream(self, other):
             pass
 
-    record = device.Recorder._record
+    call = device.Recorder.__call__
 
-    def noting(self, key, work, tensors):
-        record(self, key, work, tensors)
-        if key in self.records:
-            graph, inputs, result = self.records[key]
-            graph.recorded = work, inputs, result
+    def noting(self, name, work, *tensors):
+        Graph.recorder, made.works[name] = self, work
+        return call(self, name, work, *tensors)
 
-    monkeypatch.setattr(device.Recorder, "_record", noting)
+    monkeypatch.setattr(device.Recorder, "__call__", noting)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -271,7 +270,7 @@ def _write_car(folder, key):
 
 def _complete(folder, wanted):
     """Whether `folder` holds this demo; UserError where it holds something else."""
-    note = read_json(folder / "demo.json", dict[str, Any]) if (folder / "demo.json").exists() else {}
+    note = read_json(folder / "demo.json", dict) if (folder / "demo.json").exists() else {}
     if {name: note.get(name) for name in wanted} != wanted and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files, or another demo: {note}. Give an empty folder.")
     files = sum(len(list(folder.glob(names))) for names in ("t*/*.jpg", "train_masks/*.gif", "*.csv"))
