@@ -102,7 +102,9 @@ def test_a_lane_takes_its_gpu_before_anything_asks_for_a_capability(gpu, monkeyp
 
 @pytest.mark.parametrize("name", ["gpu", "mps"])
 def test_a_device_that_is_unknown_or_elsewhere_is_one_line(name):
-    with pytest.raises(UserError, match=r"device \"gpu\" is unknown.* Choose from: auto, cuda|device is mps, but"):
+    with pytest.raises(
+        UserError, match=r"device \"gpu\" is unknown, did you mean \"cpu\"\? Choose from: auto, cuda|device is mps, but"
+    ):
         device.use_device(name)
 
 

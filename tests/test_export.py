@@ -96,6 +96,12 @@ def test_a_file_of_another_kind_is_one_line_that_advises_to_delete_nothing(run, 
     assert "elete" not in str(error.value)
 
 
+def test_a_fold_is_taken_beside_an_ensemble_too(run, tmp_path):
+    EnsembleSpec([run.checkpoint(0)], [1.0], ["none", "hflip"]).write(run.ensemble_path)
+    whole, single = (export(run.ensemble_path, tmp_path / f"{fold}", "smp", fold) for fold in (None, 0))
+    assert "tta none, hflip is left out" in whole[1] and not any("left out" in line for line in single)
+
+
 def test_a_card_never_replaces_another_file(run, tmp_path):
     readme = tmp_path / "car" / "README.md"
     readme.parent.mkdir()

@@ -8,16 +8,17 @@ class UserError(Exception):
     """What a user can mend: one line that says what is wrong, in which file or parameter, and what to do."""
 
     def __str__(self) -> str:
-        """Our line alone: a worker process of torch hands its whole traceback on as the message.
-
-        What a line or a terminal cannot show, as in an odd file's name, is shown as `?`.
-        """
-        line = super().__str__().rpartition(f"{__name__}.UserError: ")[2].strip()
-        return "".join(letter if letter.isprintable() else "?" for letter in line)
+        """Our line alone: a worker process of torch hands its whole traceback on as the message."""
+        return printable(super().__str__().rpartition(f"{__name__}.UserError: ")[2].strip())
 
     def _render_traceback_(self) -> list[str]:
         """Jupyter shows this instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def printable(text: str) -> str:
+    """One line, in which `?` stands for what a terminal cannot show, as in an odd file's name."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class OutOfTimeError(UserError):

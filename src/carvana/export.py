@@ -87,7 +87,7 @@ def _source(source: Path, fold: int | None) -> tuple[EnsembleSpec, Run]:
     run = Run(folder.parent, folder.name)
     if path.suffix == ".safetensors":
         return EnsembleSpec.equal([path], ["none"]), run
-    if path.is_file():
+    if fold is None and path.is_file():
         try:
             return EnsembleSpec.read(path), run
         except UserError as error:

@@ -93,11 +93,12 @@ def check_inputs(values: Values) -> None:
         lost = [file for file in (path, *(path.parent / member["path"] for member in members)) if not file.exists()]
         if lost:
             raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
-    if not run.note("steps"):  # of a new run, before it downloads anything
+    if not run.folder.exists():  # a new run, before it downloads anything
         from carvana.models import ModelConfig, check_names, check_weights  # torch takes seconds
 
-        check_names(ModelConfig.of(values))
-        check_weights(ModelConfig.of(values), values["encoder_weights"])
+        config = ModelConfig.of(values)
+        check_names(config)
+        check_weights(config, values["encoder_weights"])
     if values["device"] not in ("auto", "cpu"):
         from carvana.device import check_device  # torch takes seconds
 

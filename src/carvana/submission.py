@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from carvana import metrics, rle
-from carvana.errors import UserError
+from carvana.errors import UserError, printable
 from carvana.files import UNREADABLE, atomic
 
 HEADER = [b"img", b"rle_mask"]
@@ -168,7 +168,7 @@ class _Problems(dict[str, Problem]):
         problem = self.setdefault(kind, Problem(kind))
         problem.count += 1
         if len(problem.examples) < EXAMPLES:
-            problem.examples.append(str(UserError(place)))  # which a terminal can show
+            problem.examples.append(printable(place))
 
 
 def _body(path: str | Path, names: dict[str, bool], problems: _Problems) -> Iterator[tuple[int, list[bytes]]]:

@@ -169,11 +169,9 @@ def test_an_ensemble_that_nobody_needs_gives_its_memory_back_at_once(tmp_path):
 
 
 def test_a_training_that_nobody_needs_gives_its_records_back_at_once(tmp_path):
-    state, images = (
-        [TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")],
-        torch.zeros(2, 32, 32),
-    )
-    state[0].train_step(images.byte()[..., None].expand(2, 32, 32, 3), images.byte())
+    state = [TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")]
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    state[0].train_step(images, images[..., 0].contiguous())
     assert gone_without_collecting(state)
 
 

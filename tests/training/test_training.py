@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -26,7 +25,6 @@ from carvana.files import project_root
 from carvana.metrics import PixelCounts
 from carvana.parallel import Processes, launch
 from carvana.profiles import load_profile, with_defaults
-from carvana.training import trainer as training
 from carvana.training.launch import train
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 from carvana.training.state import TrainState
@@ -85,36 +83,34 @@ def test_held_out_cars_are_in_no_part(shared_competition, tmp_path):
     assert used == set(trainer.folds.loc[trainer.folds["fold"] >= 0, "car"])
 
 
-def killed_after(step, trainer):
-    """Train in a copy of this process, which saves after every step, until `step` is saved and SIGKILL comes."""
-
-    def work():
-        training.SAVE_MINUTES, save = 0, trainer.state.save
-
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from conftest import trainer_of
+        from carvana.training.launch import train
+    if __name__ == "__main__":
+        training.SAVE_MINUTES = 0  # a state after every step
+        trainer = trainer_of(Path({data!r}), Path({run!r}), epochs=4, **{changes!r})
+        save = trainer.state.save
         def counted():
             save()
-            if trainer.state.step == step:
+            if trainer.state.step == {step}:
                 os.kill(os.getpid(), signal.SIGKILL)
-
         trainer.state.save = counted
-        train(trainer, workers=2)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+        train(trainer, workers={workers})
+"""
 
 
-def test_training_killed_at_three_points_ends_in_the_same_weights(shared_competition, tmp_path, monkeypatch):
-    torch.set_num_threads(1)  # a copied process has no threads but its own
-
-    def trainer(name):
-        return trainer_of(shared_competition, tmp_path / name, epochs=4, optimizer="nmuon")
-
-    expected = train(trainer("whole"), workers=2)
+def test_training_killed_at_three_points_ends_in_the_same_weights(shared_competition, tmp_path, workers=2):
+    whole = trainer_of(shared_competition, tmp_path / "whole", epochs=4, optimizer="nmuon")
+    expected = train(whole, workers=workers)
     for step in (1, 3, 7):
-        killed_after(step, trainer("cut"))
-    history = train(trainer("cut"), workers=2)
+        facts = {"tests": str(Path(__file__).parents[1]), "data": str(shared_competition), "run": str(tmp_path / "cut")}
+        code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, changes={"optimizer": "nmuon"})
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    history = train(trainer_of(shared_competition, tmp_path / "cut", epochs=4, optimizer="nmuon"), workers=workers)
     measured = ["seconds", "speed"]
     pd.testing.assert_frame_equal(history.drop(columns=measured), expected.drop(columns=measured))
     for name in ("best", "last"):

@@ -117,8 +117,7 @@ class TrainState:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
             self.optimizer.step()
         except RuntimeError:  # in a recording nothing is computed: gradients would hold what was in memory before
-            for parameter in self.model.parameters():
-                parameter.grad = None
+            self.model.zero_grad()  # other than the optimiser's, also between steps that are accumulated
             raise
         self.optimizer.zero_grad()
         return loss.detach()
