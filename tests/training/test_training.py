@@ -88,7 +88,8 @@ KILLED = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from conftest import trainer_of
-        from carvana.training.launch import train
+    from carvana.training import trainer as training
+    from carvana.training.launch import train
     if __name__ == "__main__":
         training.SAVE_MINUTES = 0  # a state after every step
         trainer = trainer_of(Path({data!r}), Path({run!r}), epochs=4, **{changes!r})
