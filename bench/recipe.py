@@ -2,8 +2,8 @@
 
 Every arm trains fold 0 of 2 for the time that `--steps` steps of `base` take on a CPU. That time is counted in steps,
 through the arms' costs of a step measured side by side, so a busy machine does not change a result. The costs are kept
-in results/recipe/costs.json, so that the training itself can be done on any device. Seeds change weights, order and
-augmentation; the folds are the same.
+in results/recipe/SIZE/costs.json, so that the training itself can be done on any device. Seeds change weights, order
+and augmentation; the folds are the same.
 
 python bench/recipe.py --data ../carvana512 --encoder-weights lite0.safetensors base adamw
 """
@@ -37,20 +37,20 @@ from carvana.training.state import optimizer_of
 
 # What all arms share, whatever the profile has learnt from them since.
 SHARED = {
-    "encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8", "height": 512, "width": 512,
-    "start_size": 0.5, "batch_size": 4, "lr": 4e-3, "optimizer": "nmuon", "epochs": 100, "validate_every": 100,
+    "encoder": "tu-tf_efficientnet_lite0", "decoder_channels": "128,64,32,16,8", "start_size": 0.5, "batch_size": 4,
+    "lr": 4e-3, "optimizer": "nmuon", "epochs": 100, "validate_every": 100,
 }  # fmt: skip
 SEEDS = 1, 2
-ARM_RESULTS = RESULTS / "recipe"  # a file for every arm and seed
+ARM_RESULTS = RESULTS / "recipe"  # a folder for every size, in it a file for every arm and seed
 # name: (what differs from base, the recipe's changes)
 ARMS = {
-    "base": ("Muon with lr 0.004, batch 4, 256x256 growing to 512x512, mirrored, brightness and contrast by 20 %", {}),
+    "base": ("Muon with lr 0.004, batch 4, from half the size growing, mirrored, brightness and contrast by 20 %", {}),
     "adamw": ("AdamW with lr 0.002 in the place of Muon", {"optimizer": "adamw", "lr": 2e-3}),
     "lr2": ("lr 0.002", {"lr": 2e-3}),
     "lr8": ("lr 0.008", {"lr": 8e-3}),
     "batch2": ("batch 2", {"batch_size": 2}),
     "batch8": ("batch 8", {"batch_size": 8}),
-    "full": ("512x512 from the first step", {"start_size": 1.0}),
+    "full": ("the whole size from the first step", {"start_size": 1.0}),
     "plain": ("no change of brightness and contrast", {"brightness": 0.0, "contrast": 0.0}),
     "colour": ("hue turned by 5 %, saturation by 20 %", {"hue": 0.05, "saturation": 0.2}),
     "affine": ("scaled by 10 %, shifted by 5 %", {"scale": 0.1, "shift": 0.05}),
@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder-weights", required=True)
+    parser.add_argument("--size", type=int, default=512, help="of the network, height and width")
     parser.add_argument("--steps", type=int, default=600, help="of base: default, 2400 images, a quarter of cpu's")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
@@ -105,46 +106,44 @@ def main() -> None:
     parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; none: write the table anew")
     options = parser.parse_args()
     tame_allocator()
-    train_arms(options)
-    write_text(RESULTS / "recipe.md", page(options))
+    train_arms(options, ARM_RESULTS / f"{options.size}")
+    write_text(RESULTS / "recipe.md", page(options.scores))
 
 
-def train_arms(options: argparse.Namespace) -> None:
-    """Train the arms that are not done yet."""
-    recipes = {name: recipe_of_arm(name, options.encoder_weights) for name in options.arms}
-    costs = kept_costs(options.arms, options.encoder_weights)
-    for seed, (name, arm_recipe) in product(options.seeds, recipes.items()):
-        path, recipe = ARM_RESULTS / f"{name}_{seed}.json", replace(arm_recipe, seed=seed)
+def train_arms(options: argparse.Namespace, results: Path) -> None:
+    """Train the arms that are not done yet, each into a file of `results`."""
+    names = list(dict.fromkeys(["base", *options.arms]))
+    recipes = {name: recipe_of_arm(name, options) for name in names}
+    costs = kept_costs(results / "costs.json", recipes)
+    for seed, name in product(options.seeds, options.arms):
+        path, recipe = results / f"{name}_{seed}.json", replace(recipes[name], seed=seed)
         facts = asdict(recipe) | {"encoder_weights": Path(recipe.encoder_weights).name}
         if path.exists() and json.loads(path.read_text())["recipe"] == facts:
             continue  # done by an earlier call
         cost = costs[name] / costs["base"]
         arm = {"machine": machine(), "cost": cost, "steps": round(options.steps / cost)}
         with network_of(name):
-            folder = options.folder / f"{name}_{seed}"
+            folder = options.folder / f"{options.size}_{name}_{seed}"
             arm |= train_for(recipe, options.data, folder, arm["steps"]) | {"recipe": facts}
         write_text(path, json.dumps(arm) + "\n")
         print(f"{name}, seed {seed}: {arm['steps']} steps, Dice {np.mean(arm['dice']):.6f}", flush=True)
 
 
-def page(options: argparse.Namespace) -> str:
-    """The table of all arms that are done, and what was not measured."""
-    costs = json.loads((ARM_RESULTS / "costs.json").read_text())
-    machines = sorted({json.loads(path.read_text())["machine"] for path in ARM_RESULTS.glob("*_[0-9].json")})
+def page(scores: Path | None) -> str:
+    """The tables of all arms that are done, and what was not measured."""
+    sizes = sorted((int(folder.name) for folder in ARM_RESULTS.iterdir()), reverse=True)
     return f"""# What pays in a short training
 
-Each arm trains fold 0 of 2 for what {options.steps} steps of `base` cost on a CPU, and is scored on 400 images of 50
-cars that it has not seen, at 512x512, without tta. Difference and interval are of the mean over the seeds that an arm
-shares with `base`, paired over cars; it does not hold the spread between seeds. The cost of a step is relative to
-`base`, measured side by side in one run on: {costs["machine"]}.
+Each arm trains fold 0 of 2 for what the steps of `base` cost on a CPU, and is scored on 400 images of 50 cars that it
+has not seen, at the images' own 512x512, without tta. Difference and interval are of the mean over the seeds that an
+arm shares with `base` on the same machine, paired over cars; it does not hold the spread between seeds. The cost of a
+step is relative to `base`, measured side by side in one run.
 
-Trained on: {"; ".join(machines)}.
-Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --steps {options.steps} ARM ...`.
+Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --size N --steps N ARM ...`.
 
-{chr(10).join(table())}
-
-So short a training sees each of its images once or twice. What only a long one can repay, such as more augmentation,
-is at a disadvantage here.
+{chr(10).join(section(size) for size in sizes)}
+So short a training sees each of its images a few times. What only a long one can repay, such as more augmentation, is
+at a disadvantage here.
 
 Post-processing is left out because it does nothing here: on 240 images of 15 unseen cars at 1918x1280, with masks of
 Dice 0.9940, dropping blobs changed it by +0.000001 to +0.000003, filling holes by -0.000002 to +0.000003, closing and
@@ -153,31 +152,43 @@ opening by 5 pixels by -0.000003 and -0.000002, as many images losing as gaining
 Version 0.2.0 compared Muon, AdamW, learning rates and batches at 384x384: [recipe_0.2.0.md](recipe_0.2.0.md).
 
 Not measured: other encoders, label exclusion.
-{where(options.scores) if options.scores else ""}"""
+{where(scores) if scores else ""}"""
 
 
-def table() -> list[str]:
-    """A row an arm that is done, compared with base over the seeds that both have."""
+def section(size: int) -> str:
+    """The arms at `size`, one table for all machines."""
+    folder = ARM_RESULTS / f"{size}"
+    costs = json.loads((folder / "costs.json").read_text())
+    arms = {
+        name: {seed: json.loads(path.read_text()) for seed in SEEDS for path in folder.glob(f"{name}_{seed}.json")}
+        for name in ARMS
+    }
+    machines = sorted({arm["machine"] for of_arm in arms.values() for arm in of_arm.values()})
+    return f"""## {size}x{size}
+
+Costs measured on: {costs["machine"]}. Trained on: {"; ".join(machines)}.
+
+{chr(10).join(table(arms))}
+"""
+
+
+def table(arms: dict[str, dict[int, dict]]) -> list[str]:
+    """A row an arm that is done, compared with base over the seeds that both have; `arms`: results by arm and seed."""
     seeds = " | ".join(f"Dice, seed {seed}" for seed in SEEDS)
     lines = [f"| arm | change | steps | a step costs | {seeds} | difference | 95 % interval |"]
     lines.append("|---" * (6 + len(SEEDS)) + "|")
-    paths = {name: {seed: ARM_RESULTS / f"{name}_{seed}.json" for seed in SEEDS} for name in ARMS}
-    done = {
-        name: {seed: json.loads(path.read_text()) for seed, path in of_arm.items() if path.exists()}
-        for name, of_arm in paths.items()
-    }
-    for name, of_arm in done.items():
+    for name, of_arm in arms.items():
         if not of_arm:
             continue
         arm = next(iter(of_arm.values()))
         cells = [name, ARMS[name][0], f"{arm['steps']}", f"{arm['cost']:.2f}"]
         cells += [f"{np.mean(of_arm[seed]['dice']):.6f}" if seed in of_arm else "" for seed in SEEDS]
-        shared = [seed for seed in of_arm if seed in done["base"] and name != "base"]
-        gains = [np.subtract(of_arm[seed]["dice"], done["base"][seed]["dice"]) for seed in shared]
+        pairs = [(of_arm[seed], base) for seed, base in arms["base"].items() if seed in of_arm and name != "base"]
+        gains = [np.subtract(one["dice"], base["dice"]) for one, base in pairs if one["machine"] == base["machine"]]
         gain, low, high = mean_over_cars(np.mean(gains, 0), arm["cars"]) if gains else (0.0, 0.0, 0.0)
         cells += [f"{gain:+.6f}", f"{low:+.6f} to {high:+.6f}"] if gains else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    missing = [name for name, of_arm in done.items() if not of_arm]
+    missing = [name for name, of_arm in arms.items() if not of_arm]
     return [*lines, "", f"Not measured: the arms {', '.join(missing)}."] if missing else lines
 
 
@@ -200,17 +211,17 @@ are within 3 pixels, {share["edge_10"]:.0%} within 10, {share["missed"]:.1%} are
 """
 
 
-def recipe_of_arm(name: str, weights: str) -> Recipe:
-    return recipe_of(**SHARED | {"encoder_weights": weights} | ARMS[name][1])
+def recipe_of_arm(name: str, options: argparse.Namespace) -> Recipe:
+    size = {"height": options.size, "width": options.size, "encoder_weights": options.encoder_weights}
+    return recipe_of(**SHARED | size | ARMS[name][1])
 
 
-def kept_costs(names: list[str], weights: str) -> dict[str, float]:
-    """The cost of a step of `base` and the arms on a CPU: as costs.json has it, or measured and written there."""
-    path, names = ARM_RESULTS / "costs.json", list(dict.fromkeys(["base", *names]))
+def kept_costs(path: Path, recipes: dict[str, Recipe]) -> dict[str, float]:
+    """The cost of a step of the arms on a CPU, in seconds: as `path` has it, or measured and written there."""
     kept = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    if set(names) <= set(kept):
+    if set(recipes) <= set(kept):
         return kept
-    seconds = step_costs({name: recipe_of_arm(name, weights) for name in names})
+    seconds = step_costs(recipes)
     write_text(path, json.dumps({"machine": machine(), "seconds": seconds}, indent=1) + "\n")
     print(pd.Series(seconds).round(3).to_string(), flush=True)
     return seconds

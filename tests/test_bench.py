@@ -41,23 +41,33 @@ def test_the_step_script_takes_the_packages_own_step_and_the_usual_one(bench):
 
 def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_competition, tmp_path, monkeypatch):
     script = bench("recipe")
-    assert all(script.recipe_of_arm(name, "") for name in script.ARMS)
+    options = argparse.Namespace(size=64, encoder_weights="")
+    assert {script.recipe_of_arm(name, options).height for name in script.ARMS} == {64}
     costs = script.step_costs({"base": recipe(height=64, width=64), "dilated": recipe(height=64, width=64)}, rounds=2)
     arm = script.train_for(recipe(epochs=4), shared_competition, tmp_path / "base", 2)
     assert min(costs["base"], costs["dilated"]) > 0
     with script.network_of("dilated"):
         assert isinstance(SegmentationModel(recipe().model_config).net.decoder.center, script.DilatedBottleneck)
     assert len(arm["dice"]) == len(arm["cars"]) == 4
-    monkeypatch.setattr(script, "ARM_RESULTS", tmp_path)
-    better = arm | {"dice": [dice + 0.01 for dice in arm["dice"]]}
-    (tmp_path / "costs.json").write_text(json.dumps({"machine": "a CPU", "seconds": costs}))
-    for name, dices in (("base_1", arm), ("base_2", arm), ("adamw_1", better), ("adamw_2", arm), ("lr2_1", arm)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(dices | {"cost": 1.0, "steps": 2, "machine": "a GPU"}))
-    page = script.page(argparse.Namespace(steps=2, scores=None))
+    monkeypatch.setattr(script, "ARM_RESULTS", tmp_path / "results")
+    better = {"dice": [dice + 0.01 for dice in arm["dice"]]}
+    (folder := tmp_path / "results/64").mkdir(parents=True)
+    (folder / "costs.json").write_text(json.dumps({"machine": "a CPU", "seconds": costs}))
+    arms = {name: arm | {"cost": 1.0, "steps": 2, "machine": "a GPU"} for name in ("base_1", "base_2", "adamw_2")}
+    arms |= {
+        "lr2_1": arms["base_1"],
+        "adamw_1": arms["base_1"] | better,
+        "lr8_1": arms["base_1"] | {"machine": "other"},
+    }
+    for name, result in arms.items():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    page = script.page(scores=None)
     assert "| base | Muon" in page
     assert "| +0.005000 | +0.005000 to +0.005000 |" in page  # half of what one of two seeds gains
     assert "|  | +0.000000 | +0.000000 to +0.000000 |" in page  # lr2, whose second seed is not done
-    assert "Not measured: the arms lr8, batch2" in page
+    compared = [line for line in page.splitlines() if line.startswith("| lr8")]
+    assert compared[0].endswith("|  |  |  |")  # not with a base of another machine
+    assert "Not measured: the arms batch2" in page
 
 
 def test_the_seed_script_changes_what_an_arm_names(bench, shared_competition):
