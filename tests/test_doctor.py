@@ -119,7 +119,7 @@ def test_outside_the_project_the_machine_is_looked_at_all_the_same(machine, monk
 
 @pytest.mark.parametrize(("line", "message"), [
     ("encoder: nosuch", 'encoder "nosuch" is unknown'), ("arch: foo", 'arch "foo" is unknown'),
-    ('decoder_channels: "a"', 'decoder_channels is "a"'),
+    ('decoder_channels: "a"', 'decoder_channels is "a"'), ("optimizer: foo", 'optimizer "foo" is unknown'),
 ])  # fmt: skip
 def test_a_network_that_nobody_knows_is_a_stop(machine, line, message):
     machine.write_text(f"{machine.read_text()}{line}\n")

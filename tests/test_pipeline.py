@@ -83,6 +83,7 @@ def test_a_wrong_profile_is_refused_before_anything_runs(tmp_path, text, message
 
 @pytest.mark.parametrize(("text", "message"), [
     ("encoder: resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
+    ("optimizer: adamm", 'optimizer "adamm" is unknown, did you mean "adam'),
     ("arch: unett", 'arch "unett" is unknown, did you mean "unet"'),
     ('decoder_channels: "a,b"', 'decoder_channels is "a,b"'),
     ("height: 100", "height is 100, but must be a multiple of 32"),

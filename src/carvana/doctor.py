@@ -142,6 +142,7 @@ def _weights(values: Values) -> str:
 
     wanted, encoder, config = values["encoder_weights"], values["encoder"], models.ModelConfig.of(values)
     models.check_names(config)
+    models.check_optimizer(values["optimizer"])
     models.check_weights(config, wanted)
     if wanted != "imagenet":
         return wanted or "none needed"

@@ -1,4 +1,4 @@
-"""Networks by name, their encoder weights, and checkpoints."""
+"""Networks and optimisers by name, encoder weights, and checkpoints."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from timm.optim import list_optimizers
 from torch import nn
 
 from carvana.errors import UserError, did_you_mean
@@ -115,6 +116,13 @@ def check_names(config: ModelConfig) -> None:
     if config.encoder not in encoders:
         hint = did_you_mean(config.encoder, encoders)
         raise UserError(f'encoder "{config.encoder}" is unknown{hint} Take one of smp, or tu-NAME of timm.')
+
+
+def check_optimizer(name: str) -> None:
+    """UserError, with the nearest name, for an optimiser that timm does not know."""
+    if name not in list_optimizers():
+        hint = did_you_mean(name, list_optimizers())
+        raise UserError(f'optimizer "{name}" is unknown{hint} Any name of timm will do.')
 
 
 def _channels(text: str) -> tuple[int, ...]:

@@ -94,11 +94,12 @@ def check_inputs(values: Values) -> None:
         if lost:
             raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
     if not run.folder.exists():  # a new run, before it downloads anything
-        from carvana.models import ModelConfig, check_names, check_weights  # torch takes seconds
+        from carvana import models  # torch takes seconds
 
-        config = ModelConfig.of(values)
-        check_names(config)
-        check_weights(config, values["encoder_weights"])
+        config = models.ModelConfig.of(values)
+        models.check_names(config)
+        models.check_optimizer(values["optimizer"])
+        models.check_weights(config, values["encoder_weights"])
     if values["device"] not in ("auto", "cpu"):
         from carvana.device import check_device  # torch takes seconds
 

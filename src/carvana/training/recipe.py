@@ -6,13 +6,12 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 import psutil
-from timm.optim import list_optimizers
 
 from carvana.data.dataset import Augmentation
 from carvana.device import best, precision
-from carvana.errors import UserError, did_you_mean
+from carvana.errors import UserError
 from carvana.grid import STRIDE
-from carvana.models import ModelConfig, check_names
+from carvana.models import ModelConfig, check_names, check_optimizer
 from carvana.profiles import check
 
 BYTES_A_PIXEL = 300  # of a batch in a training step: a third of the least that was measured (profiles/README.md)
@@ -66,13 +65,11 @@ class Recipe:
         check(parameters)
         recipe = cls(**{name: _typed(name, kind, parameters[name]) for name, kind in get_type_hints(cls).items()})
         check_names(recipe.model_config)
+        check_optimizer(recipe.optimizer)
         precision(recipe.amp)
         recipe._check_crop()
         if recipe.pseudo_labels and recipe.batch_size < 2:
             raise UserError("batch_size is 1, but with pseudo_labels it must be 2 or more: a true and a soft mask.")
-        if recipe.optimizer not in list_optimizers():
-            hint = did_you_mean(recipe.optimizer, list_optimizers())
-            raise UserError(f'optimizer "{recipe.optimizer}" is unknown{hint} Any name of timm will do.')
         return recipe
 
     def check_memory(self) -> None:
