@@ -13,10 +13,12 @@ import gzip
 import io
 import json
 import os
+import re
 import threading
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,14 @@ CONFINED = Path(__file__).parent / "confined"
 CHUNK = 1 << 20
 
 NAMES = ("train.zip", *download.TABLES, "test.zip")
+
+
+SDK = Path(find_spec("kagglesdk").submodule_search_locations[0])
+METHODS = {  # service/method of all that Kaggle answers, as the client's own classes ask for it
+    "/".join(names)
+    for path in SDK.glob("*/services/*.py")
+    for names in re.findall(r'\.call\(\s*"([\w.]+)",\s*"(\w+)"', path.read_text())
+}
 
 
 class Request(NamedTuple):
@@ -189,8 +199,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         name = self.path.rsplit("/", 1)[-1]
+        known = "/".join(self.path.split("/")[-2:]) in METHODS
         body = json.loads(self.note(name) or b"{}")
-        fault = self.fake.fault(name)
+        fault = self.fake.fault(name) if known else "404"
         if self.go_wrong(fault):
             return
         if name == "DownloadDataFile":
@@ -257,6 +268,8 @@ class Handler(BaseHTTPRequestHandler):
             for at in range(len(whole)):
                 self.wfile.write(whole[at : at + 1])
                 self.fake.stalled.wait(0.02)
+        elif fault == "as html":
+            self.answer(200, whole, "text/html")
         elif fault == "expired":
             self.answer(403, b"<Error>Request has expired</Error>", "application/xml")
         elif fault == "short":  # no length, so the client cannot notice

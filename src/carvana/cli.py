@@ -75,9 +75,10 @@ def _demo_data(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
+    from carvana.files import resolve
     from carvana.kaggle.download import download
 
-    download(options.data_dir, options.files, options.hq)
+    download(resolve(options.data_dir), options.files, options.hq)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -114,13 +115,14 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
+    from carvana.files import resolve
     from carvana.kaggle.submit import Entry, submit
     from carvana.submission import Expected
 
     run_name = options.run_name or options.file.name.partition(".")[0]
     entry = Entry(options.file, options.message, run_name, options.again)
     expected = Expected(options.sample, options.height, options.width)
-    submit(entry, expected, options.submissions_dir, options.yes)
+    submit(entry, expected, resolve(options.submissions_dir), options.yes)
 
 
 def _kernel_build(options: argparse.Namespace) -> None:
@@ -181,7 +183,7 @@ def _add_run_commands(commands: Commands) -> None:
     _command(commands, "params", _params, "list the parameters of all notebooks")
     doctor = _command(commands, "doctor", _doctor, "say what this machine has for a run, and what to do about the rest")
     doctor.add_argument("profile", type=Path, nargs="?", help="the YAML file that shall run; default: none")
-    compare = _command(commands, "compare", _compare, "compare the out-of-fold Dice of runs, image by image")
+    compare = _command(commands, "compare", _compare, "compare the Dice of runs on the images that all have scored")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="names in the folder of all runs")
     compare.add_argument("--runs-dir", **RUNS_DIR)
     export = _command(commands, "export", _export, "write a trained network for programs without this package")
@@ -198,7 +200,7 @@ def _add_data_commands(commands: Commands) -> None:
     demo.add_argument("--test-cars", type=int, default=4, help="cars of the test set, 16 images each")
     demo.add_argument("--seed", type=int, default=1, help="another one draws other cars")
     download = _command(commands, "download", _download, "fetch the competition's files from Kaggle")
-    download.add_argument("--data-dir", type=Path, default=Path("data/carvana"), help="folder to fill")
+    download.add_argument("--data-dir", type=Path, default=Path("data/carvana"), help=f"folder to fill{STARTS}")
     download.add_argument("--files", nargs="+", help="names on Kaggle; default: what training and prediction need")
     download.add_argument("--hq", action="store_true", help="the _hq images instead of the usual ones")
 

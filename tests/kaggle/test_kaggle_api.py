@@ -1,4 +1,5 @@
 import base64
+import builtins
 import json
 import socket
 import sys
@@ -79,8 +80,11 @@ def test_a_token_that_kaggle_does_not_take(fake, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
     download.list_files(client.sign_in())
     for status in ("403", "401"):  # the client tells them apart, a user need not
-        fake.faults["IntrospectToken"] = [status]
+        fake.faults["IntrospectToken"] = [status] * 2
         refused("refused the credentials of the environment variable KAGGLE_API_TOKEN", client.sign_in)
+        with monkeypatch.context() as jupyter:
+            jupyter.delattr(builtins, "exit")
+            refused("refused the credentials of the environment variable KAGGLE_API_TOKEN", client.sign_in)
     monkeypatch.setattr(client, "TIMEOUT", (1, 0.1))
     fake.faults["IntrospectToken"] = ["stall"]
     refused("Signing in: the line to Kaggle fails", client.sign_in)

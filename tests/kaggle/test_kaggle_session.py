@@ -68,6 +68,25 @@ def test_an_interrupted_wait_is_taken_up_without_a_second_session(fake, built, t
     assert fake.calls("SaveKernel") == 2
 
 
+def test_what_a_plain_push_has_started_is_followed_also_when_it_has_ended(fake, built, tmp_path):
+    fake.sessions = ["COMPLETE"]
+    assert cli.main(["kernel", "push", str(built)]) == 0
+    assert wait(built, tmp_path / "runs") == 0
+    assert fake.calls("SaveKernel") == 1
+    assert (tmp_path / "runs" / "tiny" / "scores.csv").exists()
+
+
+@pytest.mark.parametrize("state", ["queued", "", "newScript"])
+def test_a_session_that_waits_is_seen_however_kaggle_writes_it(fake, built, state):
+    fake.session = state
+    assert kernels.running(built) == SLUG
+
+
+def test_a_session_that_was_cancelled_has_ended_however_kaggle_writes_it(fake, built, tmp_path):
+    fake.sessions, fake.session = ["COMPLETE"] * 2, "cancelAcknowledged"
+    refused("ended as CANCEL_ACKNOWLEDGED", session.push_and_wait, built, False, tmp_path / "runs")
+
+
 def test_a_session_that_runs_already_is_followed(fake, built, tmp_path):
     fake.sessions = ["RUNNING", "RUNNING"]
     assert wait(built, tmp_path / "runs") == 0
@@ -110,10 +129,15 @@ def test_a_failed_session_is_told_and_what_it_left_is_fetched(fake, built, tmp_p
     assert (tmp_path / "runs" / "tiny" / "scores.csv").exists()
 
 
-def test_trouble_while_it_is_looked_at_is_waited_for_but_not_for_ever(fake, built, tmp_path, capfd):
+def test_trouble_while_it_is_looked_at_is_waited_for_but_not_for_ever(fake, built, tmp_path, capfd, monkeypatch):
     fake.faults["ListKernelSessionOutput"] = ["503"] * client.TRIES
     assert wait(built, tmp_path / "runs") == 0
     assert "no look (The output of tester/carvana-tiny: Kaggle is in trouble" in capfd.readouterr().out
+    fake.faults["ListKernelSessionOutput"] = ["401"] * (session.FAILURES - 1)
+    tokens = []
+    monkeypatch.setattr(session, "sign_in", lambda: tokens.append(1) or client.sign_in())
+    assert wait(built, tmp_path / "runs") == 0
+    assert len(tokens) > session.FAILURES  # one of which is new
     fake.faults["ListKernelSessionOutput"] = ["401"] * session.FAILURES
     refused("refused the credentials", session.push_and_wait, built, False, tmp_path / "runs")
 
@@ -124,12 +148,21 @@ def test_a_wait_ends(fake, built, tmp_path, monkeypatch):
     refused("is RUNNING after 1 hours", session.push_and_wait, built, False, tmp_path / "runs")
 
 
-def test_half_a_file_never_gets_its_name(fake, built, tmp_path):
+def test_an_address_that_has_expired_is_said_and_the_same_command_goes_on(fake, built, tmp_path):
+    fake.faults["storage"] = ["", "expired"]
+    refused("best.safetensors: the address .* expired", session.push_and_wait, built, False, tmp_path / "runs")
+    assert wait(built, tmp_path / "runs") == 0
+    assert (fake.calls("SaveKernel"), len(files(tmp_path / "runs"))) == (1, 4)
+
+
+def test_half_a_file_never_gets_its_name(fake, built, tmp_path, monkeypatch):
     fake.faults["storage"] = ["cut:3", "html", "503"]
     fake.output = {"runs/tiny/x.bin": bytes(3000)}
     assert wait(built, tmp_path / "runs") == 0
     assert files(tmp_path / "runs").keys() == {"tiny/.kaggle", "tiny/x.bin"}
     assert (tmp_path / "runs" / "tiny" / "x.bin").read_bytes() == bytes(3000)
-    fake.output, fake.faults["storage"] = {"runs/tiny/report.html": b""}, ["html"]  # here a page is the file
+    monkeypatch.setattr(client, "LONGEST_ANSWER", (2000, 120))
+    report = bytes(5000)
+    fake.output, fake.faults["storage"] = {"runs/tiny/report.html": report}, ["as html"]  # here a page is the file
     assert wait(built, tmp_path / "runs") == 0
-    assert b"log in" in (tmp_path / "runs" / "tiny" / "report.html").read_bytes()
+    assert (tmp_path / "runs" / "tiny" / "report.html").read_bytes() == report

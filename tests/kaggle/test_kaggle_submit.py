@@ -264,6 +264,30 @@ def test_what_a_person_adds_to_the_ledger_stays(fake, sub):
     assert all(row["time"].startswith("20") for row in ledger(sub))
 
 
+def test_what_a_person_adds_to_the_ledger_while_it_waits_stays(fake, sub, monkeypatch):
+    path = sub["submissions_dir"] / "ledger.csv"
+
+    def look(*asked):
+        if "note" not in path.read_text():
+            first, row, *_ = path.read_text().splitlines()
+            path.write_text(f"{first},note\n{row},mine\n")
+        return listed(*asked)
+
+    listed = client.listed
+    monkeypatch.setattr(submit, "listed", look)
+    assert submit.submit(**sub)["status"] == "complete"
+    assert [(row["status"], row["note"]) for row in ledger(sub)] == [("complete", "mine")]
+
+
+def test_from_a_folder_below_the_same_file_is_known_to_have_been_sent(fake, sub, tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    command = ["submit", str(sub["entry"].path), "-m", "demo", "--sample", str(sub["expected"].sample), "--yes"]
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        assert cli.main([*command, "--height", "4", "--width", "5"]) == 0
+    assert fake.calls("CreateSubmission") == len(ledger(sub)) == 1
+
+
 @pytest.mark.parametrize("message", ["=1+1", "+1", "-1", "@a", "\t=1", "'=1", '=HYPERLINK("x")'])
 def test_a_message_is_no_formula_for_a_spreadsheet_and_unchanged_on_kaggle(fake, sub, message):
     sub["entry"] = replace(sub["entry"], message=message, run_name="=r")

@@ -154,6 +154,20 @@ def test_another_recipe_in_the_same_folder_is_refused_and_named(trained, shared_
         trainer_of(shared_competition, run_dir, **LEARNS, lr=1e-3)
 
 
+def test_who_had_no_memory_for_the_first_step_may_take_smaller_batches(shared_competition, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    expected = train(trainer_of(shared_competition, tmp_path / "whole", epochs=1, batch_size=2, accumulate=2))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Halve batch_size and double accumulate"):
+        patch.setattr(TrainState, "train_step", full)
+        train(trainer_of(shared_competition, tmp_path / "run", epochs=1, batch_size=4, encoder_weights=""))
+    assert (tmp_path / "run" / "fold0" / "state.pt").exists()
+    trainer = trainer_of(shared_competition, tmp_path / "run", epochs=1, batch_size=2, accumulate=2)
+    pd.testing.assert_series_equal(train(trainer)["dice"], expected["dice"])
+    assert trainer.run.parameters()["accumulate"] == 2
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(shared_competition, tmp_path):
     trainer = trainer_of(shared_competition, tmp_path)
     next(trainer.state.model.parameters()).data.fill_(math.nan)

@@ -25,6 +25,10 @@ COMPETITION = "carvana-image-masking-challenge"
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
 TIMEOUT = (15, 60)  # seconds to connect, and between two bytes
 TRIES, TRANSFER_TRIES = 4, 9  # failures in a row: 14 s apart in all, and 4 minutes where a file would be lost
+SERVICES = {  # of the areas that are asked, as Kaggle names them
+    "competitions": "CompetitionApiService", "blobs": "BlobApiService", "datasets": "DatasetApiService",
+    "kernels": "KernelsApiService",
+}  # fmt: skip
 PAGE_SIZE, PAGES = 20, 1000  # of Kaggle's lists, and how many pages are read at most
 LONGEST_ANSWER = 16 << 20, 120  # bytes and seconds of what is no file
 PIECE = 1 << 16  # bytes of a file that are handed on at once, at most lost when a line is cut
@@ -47,7 +51,7 @@ def sign_in() -> Any:
             api.args = [option for option in api.args if option != "--verbose"]  # would print the key
             api.config = str(config_file())  # the class keeps the one of its import
             api.authenticate()
-    except SystemExit:
+    except (SystemExit, NameError):  # Jupyter has no exit() for the client to call
         raise UserError(f"Kaggle refused the credentials of {source}. Create new ones at {SETTINGS}.") from None
     except ImportError as error:
         raise UserError(f"Package kaggle does not work ({scrub(error)}). Install requirements.txt again.") from None
@@ -65,8 +69,8 @@ def patched_http(**headers: str) -> Iterator[None]:
         if request.method == "GET":
             request.headers.update(headers)
         response = send(adapter, request, **{**options, "timeout": TIMEOUT})
-        page = re.search("json|html|xml", response.headers.get("Content-Type", ""))
-        if page or not options.get("stream") or response.status_code >= 300:
+        answer = "json" in response.headers.get("Content-Type", "")  # not html: a report may be a file
+        if answer or not options.get("stream") or response.status_code >= 300:
             _read(response)
         return response
 
@@ -201,11 +205,11 @@ class _Message(dict):
 def call(api: Any, area: str, method: str, fields: dict[str, Any], streamed: bool = False) -> Any:
     """One request with these fields, named as on the wire; returns the answer's fields as a dict.
 
-    area: "competitions", "blobs" or "datasets" of the service. streamed: the answer is a file, returned as a response.
+    area: one of SERVICES. streamed: the answer is a file, returned as a response.
     """
     from kagglesdk.common.types.http_redirect import HttpRedirect  # the client streams this kind alone
 
-    service, kind = f"{area}.{area[:-1].title()}ApiService", HttpRedirect if streamed else _Message
+    service, kind = f"{area}.{SERVICES[area]}", HttpRedirect if streamed else _Message
     with patched_http(), api.build_kaggle_client() as kaggle:
         return kaggle.http_client().call(service, method, _Message(fields), kind)
 

@@ -9,13 +9,13 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 
 from carvana.errors import UserError
 
-NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six"  # there already, or for the network
+# There already, or for the network:
+NOT_NEEDED = "torch", "torchvision", "jupyterlab", "kaggle", "kagglesdk", "six", "urllib3"
 DEPTH = 5  # folders below the input folder in which Kaggle may mount something
 
 
@@ -36,14 +36,15 @@ def install(suite: Path, dataset: Path) -> list[str]:
     imported = {name for module, names in modules if module in sys.modules for name in names}
     if spoilt := [wanted for wanted in lacking if Requirement(wanted).name in imported]:
         reason = "another version is imported already, and replacing it would break this session"
-        raise UserError(f"{', '.join(spoilt)}: {reason}. Choose a newer image (Settings, Environment).")
+        raise UserError(f"{', '.join(spoilt)}: {reason}. Choose another image (Settings, Environment).")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     command += ["--find-links", str(dataset)]
     if lacking:
         ended = subprocess.run([*command, *lacking], capture_output=True, text=True, check=False)
         if ended.returncode:
             reason = ended.stderr.strip().splitlines()[-1]
-            raise UserError(f"{', '.join(lacking)} cannot be installed: {reason}. Build with the --python of Kaggle.")
+            advice = "Build with the --python of Kaggle, or choose another image (Settings, Environment)."
+            raise UserError(f"{', '.join(lacking)} cannot be installed: {reason}. {advice}")
     return lacking
 
 
@@ -62,9 +63,10 @@ def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus
     UserError that names everything that is missing, within seconds instead of hours.
     """
     from carvana.device import gpu_count  # torch takes seconds
+    from carvana.profiles import load_profile, with_defaults  # needs what `install` has brought
 
     shutil.copytree(suite / "notebooks", working_dir / "notebooks", dirs_exist_ok=True)
-    profile, missing = _parameters(suite / "profile.yaml"), []
+    profile, missing = with_defaults(load_profile(suite / "profile.yaml")), []
     data = _below(input_dir, "train.zip") or _below(input_dir, "train")
     if not data:
         missing.append(f"the competition's data below {input_dir} (Add Input, Competition)")
@@ -78,13 +80,6 @@ def prepare(suite: Path, dataset: Path, input_dir: Path, working_dir: Path, gpus
     _bring_back(input_dir, working_dir / "runs", profile["run_name"])
     paths = {"data_dir": data, "runs_dir": working_dir / "runs", "submissions_dir": working_dir}
     return {name: str(path) for name, path in (paths | ({"encoder_weights": weights} if weights else {})).items()}
-
-
-def _parameters(profile: str | Path) -> dict[str, Any]:
-    """All parameters of a profile, defaults included."""
-    from carvana.profiles import load_profile, with_defaults  # only now: on Kaggle it needs what `install` has brought
-
-    return with_defaults(load_profile(profile))
 
 
 def _bring_back(input_dir: Path, runs: Path, run_name: str) -> None:

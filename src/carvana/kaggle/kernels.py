@@ -152,7 +152,14 @@ def push(folder: str | Path, resume: bool = False) -> str:
             "" if answer.error or not answer.version_number else f" It runs without: stop it at {CODE}/{kernel['id']}."
         )
         raise UserError(f"{path}: Kaggle refused it: {said}.{runs} {remedy(said, 'Mend the file and push again.')}")
-    return f"{kernel['id']}/{answer.version_number}"
+    session = f"{kernel['id']}/{answer.version_number}"
+    note_session(folder, session)
+    return session
+
+
+def note_session(folder: Path, session: str) -> None:
+    """Note beside the kernel which session is to be followed, and what of it has been fetched."""
+    write_json(folder / "kernel" / NOTE, {"kernel": session, "started": time.time(), "fetched": []})
 
 
 def running(folder: Path) -> str | None:
@@ -221,7 +228,8 @@ def _state(api: Any, *asked: Any) -> str | None:
 
     def look() -> str | None:
         try:
-            return scrub(str(call(api, *asked).get("status"))).upper()
+            status = scrub(str(call(api, *asked).get("status") or "QUEUED"))  # the one that may be left out
+            return re.sub("(?<=[a-z])(?=[A-Z])", "_", status).upper()  # cancelAcknowledged is a way to write it too
         except Exception as error:
             if status_of(error) in (403, 404):  # what is not there is nobody's to see
                 return None

@@ -17,10 +17,10 @@ from carvana.errors import UserError
 from carvana.files import read_json, resolve, write_json
 from carvana.kaggle.client import PAGE_SIZE, PAGES, TIMEOUT, call, paced, sign_in, with_retries
 from carvana.kaggle.credentials import scrub
-from carvana.kaggle.kernels import NOTE, kernel_state, push, running
+from carvana.kaggle.kernels import NOTE, kernel_state, note_session, push, running
 
 POLL, HOURS = 30, 13  # seconds between two looks; a session of 12 hours and the queue before it
-FAILURES = 20  # looks in a row that fail, ten minutes
+FAILURES = 70  # looks in a row that fail: the client takes a new token half an hour after the old one has expired
 TAIL = 10  # lines of the log that are shown at once
 OWNER = ".kaggle"  # in a run's folder: the kernel that it came from
 
@@ -31,14 +31,15 @@ def push_and_wait(folder: Path, resume: bool, runs_dir: Path) -> None:
     UserError where it failed on Kaggle (what it left is fetched all the same), or is not over in time.
     """
     path = folder / "kernel" / NOTE
-    if not path.exists():
-        kernel = running(folder) or push(folder, resume)
-        write_json(path, {"kernel": kernel, "started": time.time(), "fetched": []})
-    note, api = read_json(path, dict[str, Any]), sign_in()
+    if not path.exists() and (kernel := running(folder)):
+        note_session(folder, kernel)
+    elif not path.exists():
+        push(folder, resume)
+    note = read_json(path, dict[str, Any])
     kernel = note["kernel"]
     print(f"{kernel}: Ctrl-C leaves it running on Kaggle, and the same command takes it up again", flush=True)
-    state = _follow(api, kernel, note["started"])
-    names = _fetch(api, note, path, resolve(runs_dir))
+    state = _follow(kernel, note["started"])
+    names = _fetch(sign_in(), note, path, resolve(runs_dir))
     path.unlink()
     print(f"{kernel}: {len(names)} files have come into {resolve(runs_dir)}")
     if state != "COMPLETE":
@@ -50,9 +51,9 @@ def push_and_wait(folder: Path, resume: bool, runs_dir: Path) -> None:
         print(f"No submission yet. Next: carvana kernel push {folder} --resume --wait")
 
 
-def _follow(api: Any, kernel: str, started: float) -> str:
+def _follow(kernel: str, started: float) -> str:
     """Show state and log until the session has ended; returns how."""
-    asked = _asked(kernel)
+    api, asked = sign_in(), _asked(kernel)
     shown, seen, failures = "", 0, 0
     for _ in range(3600 * HOURS // POLL):
         try:
@@ -63,6 +64,8 @@ def _follow(api: Any, kernel: str, started: float) -> str:
             failures += 1
             if failures == FAILURES:
                 raise
+            with contextlib.suppress(UserError):
+                api = sign_in()  # a token may have expired
             state, log = f"no look ({error})", []
         hours = (time.time() - started) / 3600
         if state != shown or log[seen:]:
@@ -148,6 +151,8 @@ def _receive(url: str, path: Path) -> None:
     part = path.with_name(f".{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with requests.get(url, stream=True, timeout=TIMEOUT) as response, part.open("wb") as file:
+        if response.status_code in (400, 403, 410):
+            raise UserError(f"{path.name}: the address that Kaggle gave for it has expired. The same command goes on.")
         response.raise_for_status()
         if "html" in response.headers.get("Content-Type", "") and path.suffix != ".html":
             raise ValueError("a page arrived instead of the file")

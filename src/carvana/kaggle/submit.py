@@ -247,7 +247,7 @@ def _record(path: Path, row: Row) -> None:
         columns, rows = _read(path)
         same = [i for i, old in enumerate(rows) if (old["ref"] or old["message"]) in (row["ref"], row["message"])]
         at = same[0] if same else len(rows)
-        rows[at : at + 1] = [row]
+        rows[at : at + 1] = [(rows[at] if same else {}) | {name: row[name] for name in COLUMNS}]  # and the user's own
         quoted = [{k: "'" + v if k in COLUMNS and v.startswith(FORMULA) else v for k, v in row.items()} for row in rows]
         text = io.StringIO()
         table = csv.DictWriter(text, columns, restval="", lineterminator="\n")

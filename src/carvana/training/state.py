@@ -32,7 +32,8 @@ class TrainState:
     """Network, its moving average, optimiser, position and history of a training of `total_steps` steps.
 
     fold: decides the initial weights with the recipe's seed. data: fingerprint of what is learnt from. path: state.pt,
-    which is taken up where it exists; UserError where it belongs to another recipe or other data.
+    which is taken up where it exists; UserError where it belongs to another recipe or other data, unless nothing has
+    been learnt yet: who had no memory for the first step may lower batch_size.
     """
 
     def __init__(self, recipe: Recipe, fold: int, total_steps: int, data: str, path: Path):
@@ -44,7 +45,8 @@ class TrainState:
         self.device = self.accelerator.device
         torch.manual_seed(recipe.seed * 1000 + fold)
         model, weights = SegmentationModel(recipe.model_config), "" if recipe.init_from else recipe.encoder_weights
-        self.weights_note = "Weights: state.pt." if path.exists() else load_encoder(model, weights)
+        saved = self._saved()
+        self.weights_note = "Weights: state.pt." if saved else load_encoder(model, weights)
         self.ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, recipe))
         if self.ema:
@@ -54,8 +56,8 @@ class TrainState:
         self._size: tuple[int, ...] = ()  # of the images of the last step
         self.recorder = Recorder(self.device, self._recordable)
         self._lr_on_device = torch.zeros((), device=self.device) if self._recordable else None
-        if path.exists():
-            self.resume()
+        if saved:
+            self._take_up(saved)
 
     def start_from(self, path: Path) -> None:
         """Take the weights of a checkpoint in the place of random ones; UserError where the network is another."""
@@ -164,13 +166,28 @@ class TrainState:
             file.write(buffer.getbuffer())
 
     def resume(self) -> None:
-        """Take up what state.pt holds; UserError where it belongs to another recipe or other data."""
+        """Take up what other processes have written into state.pt."""
+        if saved := self._saved():
+            self._take_up(saved)
+
+    def _saved(self) -> dict[str, Any] | None:
+        """What state.pt holds of this training, None where that is nothing; UserError where it is of another one."""
+        if not self.path.exists():
+            return None
         try:
             contents = torch.load(self.path, "cpu", weights_only=True)  # a step counter on a GPU would be waited for
         except Exception as error:  # a broken file raises one of many
             advice = f"Delete {self.path.parent} to train this fold anew."
             raise UserError(f"{self.path} cannot be read. {advice}") from error
-        self._check_same(contents)
+        changed = self._changes(contents)
+        if changed and contents["step"]:
+            raise UserError(
+                f"{self.path} was trained with another {', '.join(changed)}. "
+                f"Choose another run_name, or delete {self.path.parent} to train this fold anew."
+            )
+        return None if changed else contents
+
+    def _take_up(self, contents: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(contents[name])
         counted_there = self._recordable or self.recipe.optimizer in FUSED  # else a step waits for its counter
@@ -189,17 +206,13 @@ class TrainState:
         parts |= {"ema": self.ema.module} if self.ema else {}
         return parts | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
 
-    def _check_same(self, contents: dict[str, Any]) -> None:
+    def _changes(self, contents: dict[str, Any]) -> list[str]:
+        """In what another training than this one differs."""
         wanted, saved = asdict(self.recipe), contents["recipe"]
         for names in (wanted, saved):  # a file may lie elsewhere on another machine
             names["encoder_weights"] = Path(names["encoder_weights"]).name
         changed = [f"{name} ({saved.get(name)})" for name in wanted if saved.get(name) != wanted[name]]
-        changed += ["the images, masks, folds or processes"] if contents["data"] != self.data else []
-        if changed:
-            raise UserError(
-                f"{self.path} was trained with another {', '.join(changed)}. "
-                f"Choose another run_name, or delete {self.path.parent} to train this fold anew."
-            )
+        return changed + (["the images, masks, folds or processes"] if contents["data"] != self.data else [])
 
 
 def optimizer_of(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
