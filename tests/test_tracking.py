@@ -1,5 +1,6 @@
 """Trackers: each gets every epoch once, goes on after a kill, and what it does wrong is one line."""
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -57,6 +58,23 @@ def recorder(monkeypatch):
     kind = type("Fresh", (Recorder,), {"started": [], "logged": [], "images": [], "fails": ""})
     monkeypatch.setitem(accelerate.LOGGER_TYPE_TO_CLASS, "wandb", kind)
     return kind
+
+
+def test_trackers_that_take_one_image_at_a_time_get_them_so(shared_competition, tmp_path, recorder, monkeypatch):
+    for name in ("aim", "clearml"):
+        monkeypatch.setitem(accelerate.LOGGER_TYPE_TO_CLASS, name, recorder)
+    with contextlib.closing(Tracking("aim, clearml", Run(tmp_path, "run"), tmp_path / "fold0")) as tracking:
+        tracking.log(0, [Point(0, {"valid/dice": 0.5}, np.zeros((2, 8, 9, 3), np.uint8))])
+    assert recorder.images == [(f"overlays/{i}", 0, (8, 9, 3)) for _ in range(2) for i in range(2)]
+
+
+def test_dvclive_goes_on_in_a_folder_of_the_fold(tmp_path, recorder, monkeypatch):
+    monkeypatch.setitem(accelerate.LOGGER_TYPE_TO_CLASS, "dvclive", recorder)
+    for fold in ("fold0", "fold1"):
+        with contextlib.closing(Tracking("dvclive", Run(tmp_path, "run"), tmp_path / fold)) as tracking:
+            tracking.log(0, [Point(0, {"valid/dice": 0.5})])
+    options = [{"dir": str(tmp_path / fold / "dvclive"), "resume": True} for fold in ("fold0", "fold1")]
+    assert recorder.started == [("carvana", option) for option in options]
 
 
 @pytest.fixture(scope="module")

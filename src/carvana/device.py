@@ -79,7 +79,7 @@ class Recorder:
 
     def __init__(self, on: torch.device, record: bool = True):
         self.stream = torch.cuda.Stream() if record and on.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.lock = threading.Lock()
+        self.lock, self.told = threading.Lock(), False  # told: that something is not recorded
         self.forget()
 
     def forget(self) -> None:
@@ -112,7 +112,10 @@ class Recorder:
                 result = work(*inputs)
             self.records[key] = graph, inputs, result
         except RuntimeError as error:  # memory for it is short, or an operation waits for the device
-            print(f"carvana: work is not recorded ({str(error).splitlines()[0]}), so it is slower.", file=sys.stderr)
+            if not self.told:
+                reason = str(error).splitlines()[0]
+                print(f"carvana: work is not recorded ({reason}), so it is slower.", file=sys.stderr)
+            self.told = True
             if not self.records:
                 self.pool = torch.cuda.graph_pool_handle()
 

@@ -94,6 +94,8 @@ class Tracking:
             return {"id": identity, "resume": "allow", "name": title, "group": group, "dir": str(self.folder)}
         if name == "trackio":
             return {"name": f"{title}-{identity[:6]}", "resume": "allow", "group": group}
+        if name == "dvclive":  # which would begin anew in one folder for all
+            return {"dir": str(self.folder / "dvclive"), "resume": True}
         if name == "mlflow":
             import mlflow
 
@@ -119,6 +121,8 @@ def _log_images(name: str, tracker: Any, images: np.ndarray, step: int) -> None:
 
         for i, image in enumerate(images):
             mlflow.log_image(image, key=f"overlays/{i}", step=step)
+    elif name in ("aim", "clearml"):  # take one image at a time
+        tracker.log_images({f"overlays/{i}": image for i, image in enumerate(images)}, step=step)
     elif hasattr(tracker, "log_images"):
         layout = {"dataformats": "NHWC"} if name == "tensorboard" else {}
         tracker.log_images({"overlays": images}, step=step, **layout)

@@ -1,4 +1,5 @@
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,24 @@ def test_cache_is_built_where_the_system_cannot_reserve_space(source, tmp_path, 
     monkeypatch.delattr("os.posix_fallocate")  # as on macOS and Windows
     cached = dataset.cached(source, tmp_path)
     assert np.array_equal(cached[3][0], source[3][0])
+
+
+def test_a_cache_that_could_not_be_built_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    def damaged(_, i):
+        raise UserError("image cannot be decoded")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be decoded"):
+        patch.setattr(dataset.DecodedSamples, "__getitem__", damaged)
+        dataset.cached(source, tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    left = tmp_path / f"{source.key}.tmp"  # of a build that was killed
+    left.write_bytes(bytes(100))
+    size = len(source) * 96 * 128 * 4
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1 if left.exists() else 2 * size)
+    )
+    assert isinstance(dataset.cached(source, tmp_path), dataset.CachedSamples)
+    assert not left.exists()
 
 
 def test_a_file_in_the_place_of_the_caches_folder_is_one_line(source, tmp_path):

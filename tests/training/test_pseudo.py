@@ -305,7 +305,7 @@ def test_a_changed_soft_mask_is_another_training_and_another_step(shared_competi
     train(trainer, max_hours=1e-9)
     keep(shared_competition, Run(runs, "teacher"), equal(members[1:]))
     assert key() != before
-    with pytest.raises(UserError, match="was trained with another the images, masks, folds or processes"):
+    with pytest.raises(UserError, match="was trained with another the images, masks, folds, processes or weights"):
         trainer_of(shared_competition, runs / "student", **LEARNS)
     other = trainer_of(shared_competition, runs / "other", **LEARNS)
     assert other.state.data != trainer.state.data

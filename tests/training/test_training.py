@@ -25,6 +25,7 @@ from carvana.files import project_root
 from carvana.metrics import PixelCounts
 from carvana.parallel import Processes, launch
 from carvana.profiles import load_profile, with_defaults
+from carvana.run import Run
 from carvana.training.launch import train
 from carvana.training.recipe import Recipe, learning_rate, plateaus, size_at
 from carvana.training.state import TrainState
@@ -194,6 +195,8 @@ def test_options_of_the_recipe_train(shared_competition, tmp_path, monkeypatch, 
     ("loss", "dise", 'loss "dise" is unknown, did you mean "dice"'),
     ("schedule", "cosin", 'schedule "cosin" is unknown, did you mean "cosine"'),
     ("optimizer", "adamm", 'optimizer "adamm" is unknown, did you mean "adam'),
+    ("optimizer", "adahessian", 'optimizer "adahessian" is unknown'),  # needs second derivatives
+    ("optimizer", "fusedadam", 'optimizer "fusedadam" is unknown'),  # needs APEX
     ("amp", "fp8", r'amp "fp8" is unknown, did you mean "fp16"\? Choose from: no, fp16, bf16, auto'),
     ("epochs", 0, "epochs is 0, but must be a whole number from 1"),
     ("encoder", "resnt18", 'encoder "resnt18" is unknown, did you mean "resnet18"'),
@@ -279,8 +282,8 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, t
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     for name, batch_size, options in (("one", 4, []), ("two", 2, ["-m", *launch])):
         begun(shared_competition, tmp_path / name, batch_size=batch_size)
-        opened = json.dumps(Competition(shared_competition).parameters)
-        command = [sys.executable, *options, str(script), str(tmp_path / name), "0", opened, "0", "-1"]
+        values = json.dumps(Run(tmp_path, name).parameters())
+        command = [sys.executable, *options, str(script), str(tmp_path / name), "0", values, "0", "-1"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
     one, two = (load_file(tmp_path / run / "fold0" / "last.safetensors") for run in ("one", "two"))
@@ -296,8 +299,8 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(shared_competition, t
 def test_a_fold_that_several_devices_share_is_trained_by_processes_of_its_own(shared_competition, tmp_path):
     run = begun(shared_competition, tmp_path / "run", batch_size=2)
     parameters = run.parameters()
-    run.write_start(parameters | {"data_dir": str(tmp_path / "nowhere")}, "key")
-    run.write_start = lambda *_: None  # as of a run that goes on: run.json still says where the data lay before
+    run.write_start(parameters | {"data_dir": str(tmp_path / "nowhere"), "lr": 1e-9, "epochs": 1}, "key")
+    run.write_start = lambda *_: None  # as of one that goes on, while run.json is of another fold and another place
     chosen = Recipe.from_parameters(parameters)
     trainer = Trainer(run, Competition(shared_competition), chosen, 0, processes=Processes(2))
     history = train(trainer)
@@ -376,7 +379,7 @@ def test_a_second_stage_starts_from_the_weights_of_the_same_fold(shared_competit
 
 @pytest.mark.parametrize(("changes", "fold", "message"), [
     ({"decoder_channels": "32,16,8,8,8"}, 0, "first/fold0/best.safetensors is of another network"),
-    ({}, 1, "first/fold1/best.safetensors does not exist. Train that fold first"),
+    ({}, 1, "first/fold1 has no trained network. Train that fold first"),
     ({"init_from": "lost"}, 0, "lost/folds.csv does not exist"),
     ({"holdout_cars": 1}, 0, "first has other folds, and has seen cars of this one"),
 ])  # fmt: skip
@@ -386,6 +389,21 @@ def test_a_start_that_is_another_network_or_has_seen_the_cars_is_refused(
     shutil.copytree(trained[2], tmp_path / "first")
     with pytest.raises(UserError, match=message):
         trainer_of(shared_competition, tmp_path / "second", fold, **{"init_from": "first"} | changes)
+
+
+def test_an_untrained_network_is_no_start(shared_competition, tmp_path):
+    trainer_of(shared_competition, tmp_path / "first").validate_and_checkpoint()
+    with pytest.raises(UserError, match="first/fold0 has no trained network"):
+        trainer_of(shared_competition, tmp_path / "second", init_from="first")
+
+
+def test_two_trainers_of_one_process_keep_their_own_accumulation(shared_competition, tmp_path):
+    changes = {"epochs": 1, "batch_size": 1, "optimizer": "sgd"}
+    alone = trainer_of(shared_competition, tmp_path / "alone", **changes)
+    train(alone)
+    both = trainer_of(shared_competition, tmp_path / "both", **changes)
+    trainer_of(shared_competition, tmp_path / "other", **changes | {"accumulate": 4})
+    pd.testing.assert_series_equal(train(both)["dice"], alone.history["dice"])
 
 
 def test_a_batch_that_cannot_fit_into_memory_is_refused_before_any_work(shared_competition, tmp_path, monkeypatch):

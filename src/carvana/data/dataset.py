@@ -115,6 +115,7 @@ def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSampl
         try:
             return CachedSamples(path)
         except (*UNREADABLE, ValueError):  # not there, or damaged
+            path.with_suffix(".tmp").unlink(missing_ok=True)  # of a killed build, as large as the cache
             if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
                 return source
             _build(source, path)
@@ -138,10 +139,11 @@ def _build(source: DecodedSamples, path: Path) -> None:
             np.save(file, sums)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written: {error.strerror}. Free space or choose another runs_dir."
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class TrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):

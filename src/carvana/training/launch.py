@@ -35,8 +35,8 @@ def train(
         run.write_start(vars(trainer.recipe) | trainer.competition.parameters | split, trainer.source.key)
     try:
         if trainer.processes.count > 1 and not connected():
-            opened = json.dumps(trainer.competition.parameters)
-            arguments = [run.folder, trainer.fold, opened, max_hours, workers]
+            values = json.dumps(vars(trainer.recipe) | trainer.competition.parameters)
+            arguments = [run.folder, trainer.fold, values, max_hours, workers]
             launch("carvana.training.launch", arguments, trainer.processes, on_epoch)
             state.resume()
         else:
@@ -47,13 +47,14 @@ def train(
     return trainer.history
 
 
-def main(folder: str, fold: str, opened: str, max_hours: str, workers: str) -> None:
+def main(folder: str, fold: str, values: str, max_hours: str, workers: str) -> None:
     """Train a fold of the run in `folder`, which has begun, as one of the processes that share it.
 
-    opened: `Competition.parameters` as JSON, since data may lie elsewhere than when the run began.
+    values: the recipe and `Competition.parameters`, as JSON.
     """
-    run = Run(Path(folder).parent, Path(folder).name)
-    recipe, competition = Recipe.from_parameters(run.parameters()), Competition(**json.loads(opened))
+    run, parameters = Run(Path(folder).parent, Path(folder).name), json.loads(values)
+    recipe = Recipe.from_parameters(parameters)
+    competition = Competition(parameters["data_dir"], parameters["hq"], parameters["exclude"])
     trainer = Trainer(run, competition, recipe, int(fold), Processes(process_count()))
     train(trainer, float(max_hours), int(workers))
     trainer.state.accelerator.end_training()  # a connection that is still open at the end may abort the process

@@ -158,8 +158,8 @@ class TrainState:
         contents = {name: getattr(self, name) for name in ("step", "seconds", "losses", "history", "data")}
         contents |= {"recipe": asdict(self.recipe), "random": torch.get_rng_state()}
         contents |= {name: part.state_dict() for name, part in self._parts().items()}
-        if self.device.type == "cuda":
-            contents |= {"cuda_random": torch.cuda.get_rng_state(self.device)}
+        if self.device.type != "cpu":
+            contents |= {"device_random": torch.get_device_module(self.device).get_rng_state()}
         buffer = io.BytesIO()  # torch hides the reason of a write that fails
         torch.save(contents, buffer)
         with atomic(self.path) as file:
@@ -195,8 +195,8 @@ class TrainState:
             if isinstance(kept.get("step"), torch.Tensor):
                 kept["step"] = kept["step"].to(self.device if counted_there else "cpu")
         torch.set_rng_state(contents["random"].cpu())
-        if self.device.type == "cuda" and "cuda_random" in contents:
-            torch.cuda.set_rng_state(contents["cuda_random"].cpu(), self.device)
+        if self.device.type != "cpu" and "device_random" in contents:
+            torch.get_device_module(self.device).set_rng_state(contents["device_random"].cpu())
         for name in ("step", "seconds", "losses", "history"):
             setattr(self, name, contents[name])
 
@@ -212,7 +212,9 @@ class TrainState:
         for names in (wanted, saved):  # a file may lie elsewhere on another machine
             names["encoder_weights"] = Path(names["encoder_weights"]).name
         changed = [f"{name} ({saved.get(name)})" for name in wanted if saved.get(name) != wanted[name]]
-        return changed + (["the images, masks, folds or processes"] if contents["data"] != self.data else [])
+        return changed + (
+            ["the images, masks, folds, processes or weights of init_from"] if contents["data"] != self.data else []
+        )
 
 
 def optimizer_of(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -77,8 +77,8 @@ class Trainer:
         if not earlier.folds().equals(self.folds):
             advice = "Give both runs the same n_folds, holdout_cars and seed."
             raise UserError(f"init_from: {earlier.folder} has other folds, and has seen cars of this one. {advice}")
-        if not earlier.checkpoint(self.fold).exists():
-            raise UserError(f"init_from: {earlier.checkpoint(self.fold)} does not exist. Train that fold first.")
+        if not earlier.checkpoint(self.fold).exists() or not earlier.epochs_done().get(self.fold):
+            raise UserError(f"init_from: {earlier.fold_dir(self.fold)} has no trained network. Train that fold first.")
         return earlier.checkpoint(self.fold)
 
     def _pseudo(self) -> tuple[list[str], list[DecodedSamples | CachedSamples]]:
@@ -116,6 +116,7 @@ class Trainer:
         workers: processes that prepare images; -1 takes what suits the device.
         """
         state, pending, began = self.state, [], time.monotonic()
+        state.accelerator.gradient_accumulation_steps = self.recipe.accumulate  # one for all of a process's trainers
         if not state.history:  # the network before its first step
             self.save_snapshot()
         if not self.best_exists:  # yet, or any more: what state.pt holds is the best that is left
@@ -212,7 +213,7 @@ class Trainer:
         return broadcast_object_list([time_is_up, time.monotonic() - saved > SAVE_MINUTES * 60])
 
     def _read_losses(self, pending: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Move losses from the device to the state; one that is not finite ends the training with its images' names."""
+        """Move this process's losses from the device to the state; one that is not finite ends the training with its images' names."""
         state = self.state
         losses = torch.stack([loss for loss, _ in pending]).tolist()
         for i, (loss, (_, rows)) in enumerate(zip(losses, pending, strict=True)):
