@@ -40,10 +40,8 @@ def test_a_cache_that_could_not_be_built_leaves_nothing_behind(source, tmp_path,
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
     left = tmp_path / f"{source.key}.tmp"  # of a build that was killed
     left.write_bytes(bytes(100))
-    size = len(source) * 96 * 128 * 4
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1 if left.exists() else 2 * size)
-    )
+    need = 2 * len(source) * 96 * 128 * 4
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - left.exists()))
     assert isinstance(dataset.cached(source, tmp_path), dataset.CachedSamples)
     assert not left.exists()
 

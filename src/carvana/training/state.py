@@ -212,9 +212,8 @@ class TrainState:
         for names in (wanted, saved):  # a file may lie elsewhere on another machine
             names["encoder_weights"] = Path(names["encoder_weights"]).name
         changed = [f"{name} ({saved.get(name)})" for name in wanted if saved.get(name) != wanted[name]]
-        return changed + (
-            ["the images, masks, folds, processes or weights of init_from"] if contents["data"] != self.data else []
-        )
+        same = contents["data"] == self.data
+        return changed + ([] if same else ["the images, masks, folds, processes or weights of init_from"])
 
 
 def optimizer_of(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

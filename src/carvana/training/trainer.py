@@ -213,7 +213,7 @@ class Trainer:
         return broadcast_object_list([time_is_up, time.monotonic() - saved > SAVE_MINUTES * 60])
 
     def _read_losses(self, pending: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Move this process's losses from the device to the state; one that is not finite ends the training with its images' names."""
+        """Move this process's losses to the state; one that is not finite is a UserError with its images' names."""
         state = self.state
         losses = torch.stack([loss for loss, _ in pending]).tolist()
         for i, (loss, (_, rows)) in enumerate(zip(losses, pending, strict=True)):
