@@ -89,6 +89,9 @@ def test_missing_broken_and_pickled_weights_are_an_error(tmp_path):
         models.check_weights(SMALL, str(tmp_path / "none.pth"))
     with pytest.raises(UserError, match="classic_unet has no encoder"):
         models.check_weights(models.ModelConfig("classic_unet", "", "", 64, 64), "imagenet")
+    for encoder in ("resnext101_32x4d", "timm-efficientnet-l2", "tu-botnet50ts_256"):
+        with pytest.raises(UserError, match=f"nobody offers these of {encoder}"):
+            models.check_weights(models.ModelConfig("unet", encoder, "", 64, 64), "imagenet")
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken.pth cannot be read"):
         models.load_encoder(model, tmp_path / "broken.pth")
@@ -191,8 +194,9 @@ def test_encoder_weights_of_a_wrong_content_are_one_short_line(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("encoder", "page"), [
-    ("resnet34", "huggingface.co/smp-hub/resnet34.imagenet/tree/main"),
-    ("tu-tf_efficientnet_lite0", "huggingface.co/timm/tf_efficientnet_lite0.in1k/tree/main"),
+    ("resnet34", "huggingface.co/smp-hub/resnet34.imagenet"),
+    ("tu-tf_efficientnet_lite0", "huggingface.co/timm/tf_efficientnet_lite0.in1k"),
+    ("tu-gcvit_xxtiny", "github.com/.*/gcvit_xxtiny_224_nvidia.*.pth"),
 ])  # fmt: skip
 def test_encoder_weights_without_a_network_are_an_error_that_says_where_they_are(monkeypatch, encoder, page):
     def refuse(*_, **__):
@@ -200,8 +204,14 @@ def test_encoder_weights_without_a_network_are_an_error_that_says_where_they_are
 
     monkeypatch.setattr(models.smp.encoders, "get_encoder", refuse)
     model = models.SegmentationModel(models.ModelConfig("unet", encoder, "16,8,8,8,8", 64, 96))
-    with pytest.raises(UserError, match=rf"ConnectionError\). Save model.safetensors from https://{page} elsewhere"):
+    with pytest.raises(UserError, match=rf"ConnectionError\). Save the file at https://{page}, give its path"):
         models.load_encoder(model, "imagenet")
+
+
+@pytest.mark.parametrize("encoder", ["inceptionv4", "inceptionresnetv2", "xception"])
+def test_images_are_scaled_as_those_that_the_encoder_has_learnt_from(encoder):
+    known = models.pretrained_config(encoder)  # these had all pixels in [-1, 1]
+    assert (known.mean, known.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_depthwise_convolutions_learn_in_float32_and_every_other_layer_in_half():

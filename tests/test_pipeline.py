@@ -160,6 +160,7 @@ def test_a_tracker_is_a_name_that_accelerate_knows_and_never_runs_a_finished_ste
 
 
 NO_NAMES = "", ".", "..", "exp/one", "../../escaped", "a\\b", "a\0b", "a\nb", "-rf", "a,b", "$x$", "<b>", "x" * 101
+NO_NAMES += "cache", "equal", "fold 0", "without hflip"  # which mean something else
 
 
 @pytest.mark.parametrize("name", NO_NAMES, ids=repr)
@@ -167,7 +168,7 @@ def test_a_name_that_is_no_folder_is_refused_before_work(name, tmp_path):
     for values in ({"run_name": name}, {"members": f"a, {name}"} if name and "," not in name else {"run_name": name}):
         with pytest.raises(UserError, match="is no name of a run"):
             profiles.check(values)
-    for good in ("t4x2", "as written", "lr=0.004", "Größe 2 (b)"):
+    for good in ("folds", "equals", "t4x2", "as written", "lr=0.004", "Größe 2 (b)"):
         profiles.check({"run_name": good, "members": f"{good}, x"})
 
 
@@ -291,6 +292,7 @@ def written(tmp_path, monkeypatch):
     """A profile whose notebooks only write what the next ones need; and the titles of those that ran."""
     ran, run = [], Run(tmp_path / "runs", "x")
     files_of = {
+        "01_download": lambda _: [tmp_path / "data" / f"{name}.zip" for name in ("train", "test")],
         "03_train": lambda values: [run.checkpoint(values["fold"]), run.folds_path],
         "04_evaluate": lambda _: [run.scores_path, run.ensemble_path],
         "05_predict": lambda _: [tmp_path / "submissions" / "x.csv.gz"],
@@ -316,6 +318,8 @@ def test_a_step_is_done_while_everything_that_the_next_one_needs_is_there(writte
     pipeline.run(path)
     assert len(ran) == 7
     needed = {
+        tmp_path / "data" / "train.zip": "01_download",
+        tmp_path / "data" / "test.zip": "01_download",
         run.checkpoint(1): "03_train_fold1",
         run.folds_path: "03_train_fold0",
         run.ensemble_path: "04_evaluate",
@@ -331,6 +335,22 @@ def test_a_step_is_done_while_everything_that_the_next_one_needs_is_there(writte
         ran.clear()
         pipeline.run(path)
         assert not ran
+
+
+def test_a_submission_file_that_another_has_written_is_not_taken_for_this_runs(written, tmp_path):
+    path, ran, _ = written
+    pipeline.run(path)
+    ran.clear()
+    (tmp_path / "submissions" / "x.csv.gz").write_text("of another run of this name")
+    pipeline.run(path)
+    assert "05_predict" in ran and (tmp_path / "submissions" / "x.csv.gz").read_text() == "x.csv.gz"
+
+
+def test_what_is_given_on_the_command_line_is_not_looked_for_in_the_profile(tmp_path):
+    path = profile(tmp_path, "epochs: 3")
+    for wrong in ({"epochs": "abc"}, {"epoch": "3"}):
+        with pytest.raises(UserError, match='parameter "epochs?" of -p is'):
+            profiles.load_profile(path, wrong)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"03_train_fold0": 3}', bytes(99)], ids=repr)
@@ -369,6 +389,9 @@ def test_what_a_kill_left_is_swept_when_the_run_starts_again(written, tmp_path):
         ({"test_dir": "gone"}, "test_dir .*gone does not exist"),
         ({"sample": "gone.csv"}, "sample .*gone.csv does not exist"),
         ({"exclude": "gone.csv"}, "exclude .*gone.csv does not exist"),
+        ({"init_from": "gone"}, "init_from .*gone/folds.csv does not exist"),
+        ({"pseudo_labels": "gone"}, "pseudo_labels .*gone/pseudo/labels.csv does not exist"),
+        ({"accelerate_config": "gone.yaml"}, "accelerate_config .*gone.yaml does not exist"),
     ],
 )
 def test_what_only_a_late_step_reads_is_checked_before_the_first(written, tmp_path, values, message):
@@ -376,7 +399,7 @@ def test_what_only_a_late_step_reads_is_checked_before_the_first(written, tmp_pa
     note = {"members": [{"path": "fold0/best.safetensors", "weight": 1}], "views": ["none"], "threshold": 0.5}
     files.write_json(tmp_path / "lost.json", note)
     files.write_json(tmp_path / "bad.json", note | {"threshold": 2})
-    places = ("ensemble", "test_dir", "sample", "exclude")
+    places = ("ensemble", "test_dir", "sample", "exclude", "accelerate_config")
     values = {name: str(tmp_path / value) if name in places else value for name, value in values.items()}
     with pytest.raises(UserError, match=message) as error:
         pipeline.run(path, values)

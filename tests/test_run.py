@@ -49,9 +49,9 @@ def test_a_checkpoint_of_an_untrained_network_is_refused_and_a_fold_that_was_sto
     run = Run(tmp_path, "a")
     for fold, epochs in ((0, (0, 1, 3)), (1, (0,)), (2, ())):
         touched(run.checkpoint(fold))
-        rows = "".join(f"{epoch},0.5\n" for epoch in epochs)
+        rows = "".join(f"{epoch},0.5,60\n" for epoch in epochs)
         if rows:
-            (run.fold_dir(fold) / "history.csv").write_text(f"epoch,dice\n{rows}")
+            (run.fold_dir(fold) / "history.csv").write_text(f"epoch,dice,seconds\n{rows}")
     assert run.epochs_done() == {0: 3, 1: 0}
     with pytest.raises(UserError, match="fold1 has not ended an epoch. Train or delete it"):
         run.checkpoints()
@@ -184,7 +184,8 @@ def test_steps_that_say_no_time_are_found_anew(tmp_path, step):
 
 
 CELLS = [(name, column) for name, row in TABLES.items() for column in row]
-FREE = ("quality.csv", "exclude"), ("fold0/history.csv", "loss")  # what a person marks, and what may be nan
+QUALITY = [("quality.csv", name) for name in ("exclude", "car", "fold")]  # where a person marks, and may add rows
+FREE = *QUALITY, ("fold0/history.csv", "loss")  # which may be nan
 
 
 @pytest.mark.parametrize(("name", "column"), [cell for cell in CELLS if cell not in FREE])

@@ -62,7 +62,8 @@ class Grid:
         Equals torch.nn.functional.interpolate(..., mode="bilinear", align_corners=False) on the padded size, cropped.
         Logits are enlarged, not probabilities: the sigmoid bends straight edges (173 to 611 pixels an image).
         """
-        return _bilinear(logits, *self.padded)[: self.full_height, : self.full_width]
+        enlarged = cv2.resize(logits, self.padded[::-1], interpolation=cv2.INTER_LINEAR)
+        return enlarged[: self.full_height, : self.full_width]
 
     def edges(self, logits: np.ndarray, logit_threshold: float = 0.0) -> np.ndarray:
         """`rle.edges(self.enlarge(logits) > logit_threshold)`, 3 times as fast for a whole factor.
@@ -113,17 +114,8 @@ def _without_pairs(positions: np.ndarray) -> np.ndarray:
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """One resize of (H, W[, 3]): area average where it shrinks, bilinear where it grows."""
-    if height > image.shape[0] or width > image.shape[1]:
-        return _bilinear(image, height, width)
-    if image.shape[:2] == (height, width):
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    grows = height > image.shape[0] or width > image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR if grows else cv2.INTER_AREA)
 
 
 def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:

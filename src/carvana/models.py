@@ -21,6 +21,9 @@ from carvana.errors import UserError, did_you_mean
 from carvana.files import atomic, resolve
 from carvana.grid import STRIDE
 
+HUB = "https://huggingface.co/"
+# What smp calls otherwise than timm, whose weights it has:
+TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2", "xception": "legacy_xception"}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -70,7 +73,8 @@ class SegmentationModel(nn.Module):
             depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
             if depthwise and (layer.stride != (1, 1) or layer.kernel_size != (3, 3)):
                 layer.forward = partial(_depthwise, layer.forward)
-        mean, std = _mean_and_std(config.encoder)
+        known = pretrained_config(config.encoder)  # the scaling that the encoder's ImageNet weights were trained with
+        mean, std = (known.mean, known.std) if known else IMAGENET
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)
 
@@ -135,13 +139,8 @@ def _channels(text: str) -> tuple[int, ...]:
 def pretrained_config(encoder: str) -> Any:
     """What timm knows of an encoder's ImageNet weights (no network needed); None where it does not know the encoder."""
     name = encoder.removeprefix("timm-").removeprefix("tu-")
+    name = TIMM_NAMES.get(name, name)
     return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-
-
-def _mean_and_std(encoder: str) -> tuple[tuple, tuple]:
-    """The input scaling that the encoder's ImageNet weights were trained with."""
-    config = pretrained_config(encoder)
-    return (config.mean, config.std) if config else IMAGENET
 
 
 def load_encoder(model: SegmentationModel, weights: str | Path | None) -> str:
@@ -168,6 +167,8 @@ def check_weights(config: ModelConfig, weights: str) -> None:
     """UserError where `weights` cannot be meant: a file that is not there, or any for a network without an encoder."""
     if weights and config.arch == "classic_unet":
         raise UserError(f'encoder_weights is "{weights}", but classic_unet has no encoder to load. Set it to "".')
+    if weights == "imagenet" and not _address(config.encoder):
+        raise UserError(f'encoder_weights is "imagenet", but nobody offers these of {config.encoder}. Set it to "".')
     if weights not in ("", "imagenet") and not resolve(weights).is_file():
         kinds = 'Give a .safetensors or .pth file, "imagenet" or "".'
         raise UserError(f"encoder_weights {resolve(weights)} does not exist. {kinds}")
@@ -183,10 +184,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # what holds no tensors, or more than tensors, raises one of many
-        reason = f"cannot be read ({type(error).__name__})"
-        raise UserError(
-            f"encoder_weights {path} {reason}. Give a .safetensors or .pth file of tensors alone."
-        ) from error
+        advice = "Give a .safetensors or .pth file of tensors alone."
+        raise UserError(f"encoder_weights {path} cannot be read ({type(error).__name__}). {advice}") from error
     if isinstance(weights, dict):
         weights = weights.get("state_dict", weights)
     named = weights.items() if isinstance(weights, dict) else ()
@@ -200,7 +199,8 @@ def in_cache(encoder: str) -> bool:
     """Whether an encoder's ImageNet weights are on this machine."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE, f"models--{_repository(encoder)}".replace("/", "--"), "snapshots")
+    repository = _address(encoder).removeprefix(HUB).replace("/", "--")
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository}", "snapshots")
     return any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*/*"))
 
 
@@ -217,17 +217,19 @@ def _hub_weights(encoder: str) -> dict[str, torch.Tensor]:
     try:
         return smp.encoders.get_encoder(encoder, weights="imagenet").state_dict()
     except Exception as error:  # each hub client has its own family of network errors
-        page = f"https://huggingface.co/{_repository(encoder)}/tree/main"
-        reason = f'encoder_weights "imagenet" of {encoder} could not be fetched ({type(error).__name__})'
-        raise UserError(f"{reason}. Save model.safetensors from {page} elsewhere and give its path.") from error
+        reason = f"imagenet of {encoder} could not be fetched ({type(error).__name__})"
+        raise UserError(f"encoder_weights {reason}. Save the file at {_address(encoder)}, give its path.") from error
 
 
-def _repository(encoder: str) -> str:
-    """Where the hub keeps an encoder's ImageNet weights."""
+def _address(encoder: str) -> str:
+    """Where an encoder's ImageNet weights can be had, mostly on the hub; "" where nobody offers them."""
     if encoder.startswith("tu-"):
         config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
-        return f"{config.hf_hub_id if config else encoder}"
-    return smp.encoders.encoders[encoder]["pretrained_settings"]["imagenet"]["repo_id"]
+        repository, elsewhere = (config.hf_hub_id, config.url) if config else ("", "")
+    else:
+        settings = smp.encoders.encoders[encoder]["pretrained_settings"]
+        repository, elsewhere = settings.get("imagenet", {}).get("repo_id"), ""
+    return f"{HUB}{repository}" if repository else elsewhere or ""
 
 
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], config: ModelConfig, **facts: Any) -> None:
@@ -262,8 +264,7 @@ def load_checkpoint(path: Path) -> tuple[SegmentationModel, dict[str, Any]]:
         return model.eval(), json.loads(metadata["facts"])
     except Exception as error:  # damaged files raise one of many
         reason = str(error).partition("\n")[0]
-        advice = "Delete it and train its fold with 03_train."
-        raise UserError(f"checkpoint {path} cannot be read: {reason}. {advice}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {reason}. Delete it and train its fold anew.") from error
 
 
 class ClassicUNet(nn.Module):

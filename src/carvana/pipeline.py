@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,13 +29,17 @@ PACKAGE = Path(__file__).parent
 
 @dataclass
 class Step:
-    """One notebook with its parameters, what it reads, and what of its writings the next ones need."""
+    """One notebook with its parameters, what it reads, and what of its writings the next ones need.
+
+    sealed: what it has written and nobody else may change.
+    """
 
     title: str
     notebook: str
     values: Values
     reads: list[Path]
     writes: list[Path]
+    sealed: list[Path]
 
     def key(self) -> str:
         """Changes when the notebook, the package, a parameter or anything it reads changes."""
@@ -44,11 +48,16 @@ class Step:
         values = {name: value for name, value in self.values.items() if name != "tracker"}  # it only watches
         return fingerprint(sha256(notebook_path(self.notebook)), package, values, reads)
 
+    def sealed_key(self, key: str) -> str:
+        """A key that also changes when anybody changes what is sealed."""
+        return fingerprint(key, *[stamp(path) for path in self.sealed])
+
 
 def steps(profile: Values) -> Iterator[Step]:
     """The steps of a run, in order: each notebook once, 03_train once for every fold."""
     values, defined = with_defaults(profile), parameters()
-    competition, run = Competition(values["data_dir"]), Run(values["runs_dir"], values["run_name"])
+    competition = Competition(values["data_dir"], values["hq"])
+    run = Run(values["runs_dir"], values["run_name"])
     members = _members(values) or [run]
     folds = range(values["n_folds"])
     submission = resolve(values["submissions_dir"]) / f"{run.name}.csv.gz"
@@ -61,12 +70,15 @@ def steps(profile: Values) -> Iterator[Step]:
     tests = [competition.folder, *tests, *([resolve(values["sample"])] if values["sample"] else [])]
     samples = [*competition.training_files, *([resolve(values["exclude"])] if values["exclude"] else [])]
 
-    def step(notebook: str, reads: list[Path], writes: list[Path], **extra: int) -> Step:
+    def step(
+        notebook: str, reads: list[Path], writes: list[Path], sealed: Sequence[Path] = (), **extra: int
+    ) -> Step:  # fmt: skip
         shown = {name: value for name, value in (profile | extra).items() if notebook in defined[name].notebooks}
         title = notebook + "".join(f"_{name}{value}" for name, value in extra.items())
-        return Step(title, notebook, shown, reads, writes)
+        return Step(title, notebook, shown, reads, writes, list(sealed))
 
-    yield step("01_download", [], [competition.folder])
+    images = [competition.place("train"), *([] if values["test_dir"] else [competition.place("test")])]
+    yield step("01_download", [], [competition.folder, *images])
     yield step("02_explore", samples, [])
     for fold in folds if run.name in [member.name for member in members] else ():
         start = [Run(run.runs_dir, values["init_from"]).checkpoint(fold)] if values["init_from"] else []
@@ -74,7 +86,7 @@ def steps(profile: Values) -> Iterator[Step]:
         yield step("03_train", [*samples, *start], [run.checkpoint(fold), run.folds_path], fold=fold)
     yield step("04_evaluate", [*samples, *checkpoints], [run.scores_path, run.ensemble_path])
     kept = [run.pseudo_path] if values["pseudo_share"] else []
-    yield step("05_predict", [*tests, *predicts_with], [submission, *kept])
+    yield step("05_predict", [*tests, *predicts_with], [submission, *kept], sealed=[submission])
     yield step("06_submit", [*tests, submission], [run.submission_path])
 
 
@@ -84,8 +96,13 @@ def _members(values: Values) -> list[Run]:
 
 def check_inputs(values: Values) -> None:
     """UserError for anything that only a late step reads and that is not there, or cannot be used, now."""
-    run, needed = Run(values["runs_dir"], values["run_name"]), ("exclude", "ensemble", "test_dir", "sample")
+    run = Run(values["runs_dir"], values["run_name"])
+    needed = "exclude", "ensemble", "test_dir", "sample", "accelerate_config"
     given = {name: resolve(values[name]) for name in needed if values[name]}
+    if values["init_from"]:
+        given["init_from"] = Run(run.runs_dir, values["init_from"]).folds_path
+    if values["pseudo_labels"]:
+        given["pseudo_labels"] = Run(run.runs_dir, values["pseudo_labels"]).pseudo_path
     if given.get("ensemble") == run.ensemble_path:
         del given["ensemble"]  # which 04 writes
     for name, path in given.items():
@@ -141,7 +158,7 @@ def _run_group(group: list[Step], run: Run, ends: float) -> None:
             seconds = execute(step.notebook, run.notebook(step.title), _limited(step, ends))
             print(f"{step.title}: done in {seconds:.0f} s", flush=True)
             with lock:
-                done[step.title] = {"key": keys[step.title], "seconds": round(seconds, 1)}
+                done[step.title] = {"key": step.sealed_key(keys[step.title]), "seconds": round(seconds, 1)}
                 run.write_note("steps", done)
 
     of_gpus = lanes(todo)
@@ -190,7 +207,8 @@ def _limited(step: Step, ends: float) -> Values:
 
 
 def _is_done(step: Step, run: Run, note: Values, key: str) -> bool:
-    return note.get("key") == key and all(path.exists() for path in [run.notebook(step.title), *step.writes])
+    there = all(path.exists() for path in [run.notebook(step.title), *step.writes])
+    return there and note.get("key") == step.sealed_key(key)
 
 
 def execute(notebook: str, output: Path, values: Values) -> float:

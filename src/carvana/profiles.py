@@ -31,8 +31,8 @@ RANGES: dict[str, tuple[float, float]] = {  # lowest and highest value; both boo
     **{"rotate": (0.0, 180.0), "pseudo_share": (0.0, 1.0), "pseudo_batch": (0.01, 0.99)},
 }
 NAME = (
-    r"(?!cache$)\w[\w .+=()-]{0,99}(?<! )",
-    "is no name of a run. Use letters, digits, spaces and any of _ . + = ( ) -; not cache",
+    r"(?!(cache|equal|fold \d+|without .*)$)\w[\w .+=()-]{0,99}(?<! )",  # these mean something else in the scores
+    "is no name of a run. Use letters, digits, spaces and any of _ . + = ( ) -; not cache, equal, fold N, without ...",
 )
 TTA = r"none|hflip|scale(0?\.(2[5-9]|[3-9])\d*|[1-3](\.\d*)?|4(\.0*)?)"
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
@@ -154,15 +154,15 @@ def load_profile(path: str | Path, overrides: dict[str, str] | None = None) -> V
     defined, profile = parameters(), {}
     for name, node in [*(root.value if root else ()), *(overrides or {}).items()]:
         given = isinstance(node, str)  # by -p
-        name = name if given else str(name.value)
-        _check_name(name, path)
+        name, source = (name, "-p") if given else (str(name.value), path)
+        _check_name(name, source)
         if name in profile and not given:
             raise UserError(f'parameter "{name}" stands twice in {path}. Leave one of them.')
         default = defined[name].default
         profile[name] = value = _value(node, default)
         if value is None:
             shown, kind = repr(node if given else node.value)[:60], KINDS[type(default)]
-            raise UserError(f'parameter "{name}" of {path} is {shown}, but must be {kind} such as {default!r}.')
+            raise UserError(f'parameter "{name}" of {source} is {shown}, but must be {kind} such as {default!r}.')
     check(profile)
     return profile
 

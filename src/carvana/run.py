@@ -107,8 +107,7 @@ class Run:
 
     def epochs_done(self) -> dict[int, int]:
         """The last epoch in the history of every fold that has one."""
-        histories = {fold: history for fold, history in self.histories().items() if fold.isdigit()}
-        return {int(fold): int(history["epoch"].max()) for fold, history in histories.items()}
+        return {int(fold): int(history["epoch"].max()) for fold, history in self.histories().items() if fold.isdigit()}
 
     def _fold_dirs(self) -> dict[int, Path]:
         """Folders of the run's own folds by number; a copy of a fold under another name is a person's own affair.
@@ -164,15 +163,14 @@ class Run:
         histories = {}
         for path in (folder / "history.csv" for folder in folders):
             if path.exists():
-                history = read_csv(path, "epoch", "dice")
+                history = read_csv(path, "epoch", "dice", "seconds")
                 prefix = "" if path.parent.parent == self.folder else f"{path.parent.parent.name}/"
                 histories[prefix + path.parent.name.removeprefix("fold")] = history
         return dict(sorted(histories.items(), key=lambda item: (len(item[0]), item[0])))
 
     def training_minutes(self) -> float:
         """Minutes that the run's own folds were trained, all together."""
-        paths = [folder / "history.csv" for folder in self._fold_dirs().values()]
-        return sum(read_csv(path, "seconds")["seconds"].max() for path in paths if path.exists()) / 60
+        return sum(history["seconds"].max() for fold, history in self.histories().items() if fold.isdigit()) / 60
 
     def scores(self) -> pd.DataFrame:
         """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
@@ -199,7 +197,7 @@ class Run:
         machine = {"system": platform.platform(), "processor": platform.processor(), "cores": cores()}
         versions = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
         facts = {"parameters": parameters, "data": data, "versions": versions, "commit": _commit(), "machine": machine}
-        write_json(self.folder / "run.json", facts)
+        self.write_note("run", facts)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of training in run.json."""
@@ -237,15 +235,17 @@ class Run:
 
 def read_csv(path: Path, *needed: str) -> pd.DataFrame:
     """A table with the columns `needed`; UserError where it is missing or damaged, or cells are not of their TYPES."""
+    ours = "exclude" not in needed  # to the other one people may add rows
     try:
-        table = pd.read_csv(path, dtype=TYPES, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+        types = {name: kind for name, kind in TYPES.items() if ours or kind is str}
+        table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
         table = table.fillna({"exclude": "", "test_dir": ""})  # may be empty; a car may be called NA
-        typed = [name for name in TYPES if name in table]
+        typed = [name for name in (TYPES if ours else needed) if name in table]
         if lacking := [name for name in needed if name not in table]:
             raise ValueError(f"it has no column {lacking[0]}")
         if table[typed].isna().any(axis=None) or not isinstance(table.index, pd.RangeIndex):
             raise ValueError("it has cells that are empty or beyond the header")
-        if table.empty and "exclude" not in needed:
+        if ours and table.empty:
             raise ValueError("it has no rows")
         return table
     except (OSError, ValueError) as error:

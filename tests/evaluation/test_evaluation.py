@@ -1,7 +1,9 @@
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import recipe, trainer_of
+from conftest import recipe, run_here, trainer_of, write_competition
 
 from carvana import evaluation, metrics, models, rle
 from carvana.data import HOLDOUT, Competition, TestSet
@@ -117,6 +119,32 @@ def test_scores_of_a_fold_are_kept_for_each_set_of_members_and_read_again(shared
     pd.testing.assert_frame_equal(again, scores)
 
 
+def test_a_fold_that_is_scored_stays_so_when_another_one_is_trained(shared_competition, runs, tmp_path):
+    shutil.copytree(runs[0].folder, tmp_path / "grows")
+    run = Run(tmp_path, "grows")
+    run.fold_dir(1).rename(tmp_path / "later")
+    for kept in run.fold_dir(0).glob("scores-*"):
+        kept.unlink()
+    evaluate(shared_competition, [run])
+    (tmp_path / "later").rename(run.fold_dir(1))
+    evaluate(shared_competition, [run])
+    assert len(list(run.fold_dir(0).glob("scores-*.csv"))) == 1
+
+
+def test_images_of_other_cars_are_no_images_to_score_and_a_fold_may_have_none(shared_competition, runs, tmp_path):
+    other = write_competition(tmp_path / "other")
+    for file in [*other.glob("train/*"), *other.glob("train_masks/*")]:
+        file.rename(file.with_name(f"x{file.name}"))
+    (other / "train_masks.csv").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="other has no image of the cars that .* has networks for. Give the data_dir"):
+        evaluate(other, runs)
+    folds = runs[0].folds()
+    absent = folds.loc[folds["fold"] == 0, "car"].tolist()
+    (tmp_path / "exclude.txt").write_text("".join(f"{car}_{view:02d}.jpg\n" for car in absent for view in range(1, 5)))
+    competition = Competition(shared_competition, exclude=tmp_path / "exclude.txt")
+    assert set(evaluation.evaluate(runs, competition, ["none"]).scores["fold"]) == {1, HOLDOUT}
+
+
 @pytest.mark.parametrize("kind", ["scores", "errors"])
 @pytest.mark.parametrize("damage", [b"", b"img,dice\n", None])
 def test_kept_scores_that_are_not_as_they_were_written_are_made_anew(shared_competition, runs, scores, kind, damage):
@@ -124,6 +152,12 @@ def test_kept_scores_that_are_not_as_they_were_written_are_made_anew(shared_comp
         text = kept.read_bytes()
         kept.write_bytes(text[: len(text) * 2 // 3] if damage is None else damage)
     pd.testing.assert_frame_equal(evaluate(shared_competition, runs).scores, scores)
+
+
+def test_a_blend_of_runs_is_evaluated_in_a_run_of_its_own(shared_competition, runs):
+    values = {"data_dir": str(shared_competition), "runs_dir": str(runs[0].runs_dir)}
+    run_here("04_evaluate", values | {"run_name": "blend", "members": "a, b", "tta": "none"})
+    assert len(EnsembleSpec.read(Run(runs[0].runs_dir, "blend").ensemble_path).checkpoints) == 4
 
 
 def test_ensemble_json_names_every_fold_of_every_run_with_its_weight(runs, scores):
@@ -176,8 +210,12 @@ def test_quality_csv_is_an_exclude_list_of_what_is_marked_and_survives_another_e
         marked.loc[0, "exclude"] = "x"
         marked.to_csv(quality, index=False)
     assert excluded_names(quality, train_images) == {scores["img"].iloc[0]}
-    evaluation.write_results(runs[0], doubted, runs, ["none"], Settings([0.5, 0.5], 0.5))
-    assert excluded_names(quality, train_images) == {scores["img"].iloc[0]}
+    added = scores["img"].iloc[5]  # a row of a person's own, with nothing but the name and the mark
+    with quality.open("a") as file:
+        file.write(f"{added},,,,,,,x\n")
+    for _ in range(2):
+        evaluation.write_results(runs[0], doubted, runs, ["none"], Settings([0.5, 0.5], 0.5))
+        assert excluded_names(quality, train_images) == {scores["img"].iloc[0], added}
 
 
 def scored(base, other):
@@ -243,7 +281,7 @@ def test_compared_runs_stand_best_first_with_the_paired_difference(tmp_path):
         table = pd.DataFrame({"img": ["1_01", "2_01", "3_01"][: len(dice)], "car": "1", "dice": dice})
         (tmp_path / run / "fold0").mkdir(parents=True)
         table.to_csv(tmp_path / run / "scores.csv", index=False)
-        pd.DataFrame({"seconds": [30.0, 90.0]}).to_csv(tmp_path / run / "fold0" / "history.csv", index=False)
+        (tmp_path / run / "fold0" / "history.csv").write_text("epoch,dice,seconds\n0,0.1,30.0\n1,0.9,90.0\n")
     compared = compare([Run(tmp_path, name) for name in "abc"])
     assert compared["run"].tolist() == ["b", "a", "c"]
     assert compared["dice"].tolist() == pytest.approx([0.93, 0.91, 0.895])

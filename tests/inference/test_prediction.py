@@ -186,6 +186,8 @@ def test_with_skip_broken_an_image_that_cannot_be_decoded_is_told_from_an_empty_
     assert table["img"].tolist() == tests.names
     assert table.loc[table["area"].isna(), "img"].tolist() == ["000000000005_02.jpg"]
     assert "000000000005_02.jpg,\n" in (tmp_path / "part-00000.csv").read_text()
+    with pytest.raises(UserError, match="000000000005_02.jpg cannot be decoded"):  # not taken from the earlier shard
+        predicted(equal(members[:1]), tests, tmp_path)
 
 
 def test_two_processes_write_the_shards_of_one(members, tests, tmp_path):

@@ -68,7 +68,12 @@ class Competition:
     @property
     def has_train_images(self) -> bool:
         """Whether a folder or zip of training images is there."""
-        return self._path(self._images_name("train")) is not None
+        return self.place("train").exists()
+
+    def place(self, split: str) -> Path:
+        """The folder or zip of the images of "train" or "test"; where neither is there, the zip."""
+        name = self._images_name(split)
+        return self._path(name) or self.folder / f"{name}.zip"
 
     @cached_property
     def train_images(self) -> Archive:
@@ -144,7 +149,9 @@ class Competition:
             raise UserError(f"data_dir {self.folder} does not exist. Run 01_download, or give the folder of the data.")
         path, packed = self._path(name), self.folder / f"{name}.zip"
         if not path:
-            raise UserError(f"data_dir {self.folder} holds neither {name}/ nor {packed.name}. Run 01_download.")
+            advice = f"Fetch it: carvana download --data-dir {self.folder} --files {packed.name}"
+            advice = advice if self.has_train_images else "Run 01_download."
+            raise UserError(f"data_dir {self.folder} holds neither {name}/ nor {packed.name}. {advice}")
         files, whole = Archive(path, suffix), {}
         if path != packed and packed.exists():
             with contextlib.suppress(UserError):  # a broken zip says nothing of the folder

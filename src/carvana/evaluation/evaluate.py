@@ -38,7 +38,11 @@ def evaluate(runs: list[Run], competition: Competition, tta: list[str], batch_si
     for run in runs:
         _say_unfinished(run)
     folds = list(checkpoints)
-    for fold in [*folds, HOLDOUT] if (fold_of == HOLDOUT).any() else folds:
+    present = [fold for fold in [*folds, HOLDOUT] if (fold_of == fold).any()]
+    if not present:
+        cars = f"no image of the cars that {runs[0].folder} has networks for"
+        raise UserError(f"{competition.folder} has {cars}. Give the data_dir that it was trained on.")
+    for fold in present:
         scorer = FoldScorer(runs, folds, fold, unseen_by(checkpoints, fold), tta)
         evaluations.append(scorer.score(competition, samples[fold_of == fold], batch_size))
     scores = pd.concat([evaluation.scores for evaluation in evaluations], ignore_index=True)

@@ -57,7 +57,7 @@ class FoldScorer:
 
         Kept in the first run's folder and read again there, for the same checkpoints, tta, masks and images.
         """
-        names = [run.name for run in self.runs], self.folds
+        names = [run.name for run in self.runs], self.folds if self.fold == HOLDOUT else []
         truth, settings = samples[["img", "rle"]].to_numpy().tolist(), (THRESHOLDS, MAP, CONFIDENCE, PATCH)
         hashes = [sha256(path) for path in self.checkpoints]
         images = competition.train_images.stamp(samples["img"])

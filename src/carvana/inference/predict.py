@@ -62,12 +62,16 @@ class Shard:
     path: Path
     rows: range
 
-    def finished(self, key: str) -> bool:
-        """Whether the shard is whole and was made with the same checkpoints, tta, threshold and images."""
+    def finished(self, key: str, skip_broken: bool) -> bool:
+        """Whether the shard is whole and was made with the same checkpoints, tta, threshold and images.
+
+        One with images that could not be decoded counts where these may be skipped.
+        """
         try:
             note = read_json(self.path.with_suffix(".json"), ShardNote)
             lengths = {len(note[name]) for name in ("names", "areas", "unsure")}
-            return note["key"] == key and lengths == {len(self.rows)} and note["sha256"] == sha256(self.path)
+            whole = lengths == {len(self.rows)} and (skip_broken or None not in note["areas"])
+            return whole and note["key"] == key and note["sha256"] == sha256(self.path)
         except (OSError, UserError):  # missing or damaged: it is made anew
             return False
 
@@ -87,7 +91,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Options:
-    """How images are predicted; none of it changes a mask.
+    """How images are predicted; none of it changes the mask of an image that can be decoded.
 
     workers: processes that decode, -1 for what suits the device. max_hours: stop after the first shard that ends
     later, 0 for no limit. processes: that share the work, each with a device of its own. skip_broken: an image that
@@ -136,6 +140,10 @@ class Prediction:
         options = Options(**plan["options"] | {"processes": Processes(**plan["options"]["processes"])})
         return cls(spec, TestSet(images, plan["names"]), folder, options, plan["key"])
 
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard need not be made."""
+        return shard.finished(self.key, self.options.skip_broken)
+
     @cached_property
     def shards(self) -> list[Shard]:
         """Consecutive slices of the images."""
@@ -161,7 +169,7 @@ def predict_run_lengths(
             launch("carvana.inference.predict", [folder], processes)
         else:
             _work(prediction, ensemble)
-    tables = [shard.table() for shard in prediction.shards if shard.finished(prediction.key)]
+    tables = [shard.table() for shard in prediction.shards if prediction.has(shard)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "unsure", "part"])
 
 
@@ -208,7 +216,7 @@ def _work(prediction: Prediction, ensemble: Ensemble) -> None:
     """Write the missing ones of this process's shards until max_hours are over; at least one is done."""
     options, rank = prediction.options, device.rank()
     dealt = prediction.shards[rank :: options.processes.count]
-    missing = [shard for shard in dealt if not shard.finished(prediction.key)]
+    missing = [shard for shard in dealt if not prediction.has(shard)]
     ends = time.monotonic() + options.max_hours * 3600 if options.max_hours else float("inf")
     n, left = (sum(len(shard.rows) for shard in shards) for shards in (dealt, missing))
     with progress(None, "predicting", total=n, initial=n - left, disable=rank > 0) as bar:

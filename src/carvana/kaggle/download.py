@@ -42,7 +42,8 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
     What is there and sound is kept; what arrives is checked before it gets its name, and listed in `download.json`.
     """
     data_dir, kind = Path(data_dir), "_hq" if hq else ""
-    wanted = files or [f"train{kind}.zip", *TABLES, f"test{kind}.zip"]
+    usual = [f"train{kind}.zip", *TABLES, f"test{kind}.zip"]  # but what somebody has unpacked, and then deleted
+    wanted = files or [name for name in usual if not (data_dir / name.removesuffix(".zip")).exists()]
     if {*wanted} <= {*_manifest(data_dir)}:  # no account is needed to find that nothing is missing
         return [data_dir / name for name in wanted]
     need_space(data_dir)
