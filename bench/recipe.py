@@ -41,6 +41,7 @@ SHARED = {
     "lr": 4e-3, "optimizer": "nmuon", "epochs": 100, "validate_every": 100,
 }  # fmt: skip
 SEEDS = 1, 2
+WHERE = "## Where the lost Dice sits"
 ARM_RESULTS = RESULTS / "recipe"  # a folder for every size, in it a file for every arm and seed
 # name: (what differs from base, the recipe's changes)
 ARMS = {
@@ -107,7 +108,9 @@ def main() -> None:
     options = parser.parse_args()
     tame_allocator()
     train_arms(options, ARM_RESULTS / f"{options.size}")
-    write_text(RESULTS / "recipe.md", page(options.scores))
+    path = RESULTS / "recipe.md"
+    loss = where(options.scores) if options.scores else "".join(path.read_text().partition(WHERE)[1:])
+    write_text(path, page(loss))
 
 
 def train_arms(options: argparse.Namespace, results: Path) -> None:
@@ -129,8 +132,8 @@ def train_arms(options: argparse.Namespace, results: Path) -> None:
         print(f"{name}, seed {seed}: {arm['steps']} steps, Dice {np.mean(arm['dice']):.6f}", flush=True)
 
 
-def page(scores: Path | None) -> str:
-    """The tables of all arms that are done, and what was not measured."""
+def page(loss: str = "") -> str:
+    """The tables of all arms that are done, and what was not measured; loss: the section WHERE."""
     sizes = sorted((int(folder.name) for folder in ARM_RESULTS.iterdir()), reverse=True)
     return f"""# What pays in a short training
 
@@ -152,7 +155,8 @@ opening by 5 pixels by -0.000003 and -0.000002, as many images losing as gaining
 Version 0.2.0 compared Muon, AdamW, learning rates and batches at 384x384: [recipe_0.2.0.md](recipe_0.2.0.md).
 
 Not measured: other encoders, label exclusion.
-{where(scores) if scores else ""}"""
+
+{loss}"""
 
 
 def section(size: int) -> str:
@@ -200,8 +204,7 @@ def where(path: Path) -> str:
     views = scores.groupby("view")["dice"].mean()
     worst = scores["dice"] <= scores["dice"].quantile(0.05)
     lost = (1 - scores.loc[worst, "dice"]).sum() / (1 - scores["dice"]).sum()
-    return f"""
-## Where the lost Dice sits
+    return f"""{WHERE}
 
 Of a finished run of profiles/cpu.yaml, Dice {scores["dice"].mean():.6f} out of fold on {len(scores)} images: of
 {parts["pixels"].sum():.0f} wrong pixels an image {share["edge_1"]:.0%} touch the true edge, {share["edge_3"]:.0%} more

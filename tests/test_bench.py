@@ -61,7 +61,7 @@ def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_compet
     }
     for name, result in arms.items():
         (folder / f"{name}.json").write_text(json.dumps(result))
-    page = script.page(scores=None)
+    page = script.page()
     assert "| base | Muon" in page
     assert "| +0.005000 | +0.005000 to +0.005000 |" in page  # half of what one of two seeds gains
     assert "|  | +0.000000 | +0.000000 to +0.000000 |" in page  # lr2, whose second seed is not done
