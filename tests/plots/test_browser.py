@@ -53,6 +53,17 @@ def test_it_opens_with_the_worst_image_and_orders_by_score(shown):
     assert (shown.car.value, shown.view.value) == (CARS[3], 3)
 
 
+def test_runs_of_other_cars_are_not_offered(runs, shared_competition):
+    for name, cars in (("foreign", ["x"]), ("lost", [])):
+        folder = runs / name / "fold0"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best.safetensors").touch()
+        if cars:
+            pd.DataFrame({"car": cars, "fold": [0]}).to_csv(runs / name / "folds.csv", index=False)
+    shown = browser.browse(Competition(shared_competition), runs)
+    assert shown.run.options == ("a",)
+
+
 def test_car_and_view_lead_to_the_image(shown):
     shown.car.value = CARS[2]
     assert shown.sample["img"] == f"{CARS[2]}_01.jpg"

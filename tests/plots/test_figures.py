@@ -123,10 +123,16 @@ def test_odd_masks_show_one_row_for_each_kind(archive, samples):
     assert figure.get_suptitle() == "The oddest of 32 masks: area off by 0%, patch of 0, gap of 7 pixels"
 
 
+def test_a_mask_of_half_the_expected_area_is_off_by_half(archive, samples):
+    odd = mask_oddities(samples).assign(fragment=0, hole=0)
+    odd.loc[3, "ratio"] = 0.5
+    assert "area off by 50%," in plots.odd_masks(archive, samples, odd).get_suptitle()
+
+
 def test_fold_balance_counts_held_out_cars_apart(samples):
     folds = pd.DataFrame({"car": ["a", "b"], "fold": [-1, 0]})
     (ax,) = draw(plots.fold_balance(samples, folds)).axes
-    assert title(ax) == "Folds hold 16 images; mean areas are 4.2% to 16.7%"
+    assert title(ax) == "Folds hold 16 images; mean areas are 16.7% to 16.7%"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["held out (1)", "fold 0 (1)"]
     assert [line.get_xdata().tolist() for line in ax.lines] == [[pytest.approx(1 / 24)], [pytest.approx(1 / 6)]]
     assert ax.lines[0].get_color() == style.HOLDOUT_COLOUR
@@ -172,6 +178,11 @@ def test_dice_by_view_and_by_car_name_the_worst():
     (ax,) = draw(score_figures.dice_by_car(scores())).axes
     assert title(ax) == "70% of all lost Dice is lost on the worst 1 of 2 cars"  # 0.35 of 0.15 + 0.35
     assert ax.texts[0].get_text() == "b  0.650000"
+
+
+def test_a_view_in_which_all_cars_score_alike_is_drawn_too():
+    for dice in np.random.default_rng(0).uniform(0.1, 0.9, 40):  # the interval ends where rounding leads
+        score_figures.dice_by_view(scores().assign(dice=dice))
 
 
 def test_error_parts_tell_how_much_is_at_the_edge():

@@ -170,3 +170,5 @@ def test_hesitations_are_framed_and_tinted(shared_competition):
     assert frame.get_x() <= 56 and frame.get_x() + frame.get_width() >= 60
     assert "100% of the pixels" in figure.get_suptitle()
     assert place.images[0].get_array().shape == (12, 16, 3)
+    low = overlays.hesitations(images, {images.names[0]: "title"}, [0.45 * (probability == 1)], threshold=0.4)
+    assert [len(ax.collections) for ax in low.axes if ax.images][0] == len(whole.collections) == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from PIL import Image
 from carvana import files
 from carvana.errors import UserError
 from carvana.kaggle import submit
-from carvana.plots import report
+from carvana.plots import report, style
 from carvana.run import Run
 
 
@@ -180,6 +181,15 @@ def test_a_blend_shows_the_folds_of_its_members(run):
     members = [{"path": "../first/fold0/best.safetensors", "weight": 1.0}]
     files.write_json(blend / "ensemble.json", {"members": members, "views": ["none"], "threshold": 0.5})
     assert "first/0" in page(blend) and "0.987654" in page(blend)
+
+
+def test_the_curves_of_two_members_can_be_told_apart(run):
+    blend = run.parent / "both"
+    shutil.copytree(run / "fold0", run.parent / "second" / "fold0")
+    members = [{"path": f"../{name}/fold0/best.safetensors", "weight": 0.5} for name in ("first", "second")]
+    files.write_json(blend / "ensemble.json", {"members": members, "views": ["none"], "threshold": 0.5})
+    text = page(blend)
+    assert all(style.fold_colour(i) in text for i in (0, 1))
 
 
 def test_a_broken_file_is_an_error_with_its_name(run):

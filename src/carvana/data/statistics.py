@@ -82,7 +82,7 @@ def share_explained(sizes: pd.Series, groups: pd.Series) -> float:
 
 
 def downscaling_ceilings(samples: pd.DataFrame, seed: int, count: int = 48) -> pd.DataFrame:
-    """The Dice that no network at 1/2, 1/4 or 1/8 of the full size can pass: its edges are as coarse as its pixels.
+    """The Dice of a network at 1/2, 1/4 or 1/8 of the full size that has learnt to give its targets exactly.
 
     Masks of `count` samples, drawn by `seed`, are reduced as training targets are and enlarged as predictions are.
     Columns: fraction ("1/2", ...), height and width at the network (of the last sample), mean dice.

@@ -114,7 +114,7 @@ class FoldScorer:
             variants[f"dice:without {name}"] = blend([of_network[others] for of_network in logits], equal)
         for i, run in enumerate(self.runs if size > 1 else ()):
             variants[f"dice:{run.name}"] = blend(logits[i::size], [size / n] * (n // size))
-        for i, fold in enumerate(self.folds if self.fold == HOLDOUT else ()):
+        for i, fold in enumerate(self.folds if self.fold == HOLDOUT and len(self.folds) > 1 else ()):
             variants[f"dice:fold {fold}"] = blend(logits[i * size :][:size], [1 / size] * size)
         for weights in weightings(size):
             of_checkpoints = [weights[i % size] * size / n for i in range(n)]

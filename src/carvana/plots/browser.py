@@ -34,12 +34,14 @@ LAYERS = {"image": True, "mask": True, "probability": False, "difference": True}
 def browse(competition: Competition, runs_dir: str | Path, run_name: str = "") -> "Browser":
     """A widget that shows every training image that a run has networks for; the last line of a cell.
 
-    run_name: the run that is shown first, by default the first of `runs_dir` that is trained. UserError where there is
-    none.
+    run_name: the run that is shown first, by default the first of `runs_dir` that is trained on cars of `competition`.
+    UserError where there is none.
     """
-    folder, names = resolve(runs_dir), Run.trained(runs_dir)
+    folder, cars = resolve(runs_dir), set(competition.samples["car"])
+    known = [name for name in Run.trained(folder) if Run(folder, name).folds_path.exists()]
+    names = [name for name in known if cars & set(Run(folder, name).folds()["car"])]
     if not names:
-        raise UserError(f"runs_dir {folder} holds no trained run. Train with 03_train first.")
+        raise UserError(f"runs_dir {folder} holds no trained run of these cars. Train with 03_train first.")
     if run_name and run_name not in names:
         raise UserError(f"run_name {run_name} has no trained fold in {folder}{did_you_mean(run_name, names)}")
     return Browser(competition, [Run(folder, name) for name in names], run_name or names[0])

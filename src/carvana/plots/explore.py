@@ -75,9 +75,8 @@ def _strips(cars: pd.Series, groups: pd.Series, colours: dict[str, str], title: 
 def mean_mask(samples: pd.DataFrame) -> Figure:
     """For every view the share of cars that cover each place, and below it their standard deviation."""
     height, width = (max(1, round(samples[side].median() / 8)) for side in ("height", "width"))
-    masks = pd.Series([resize(mask_of(row).astype(np.float32), height, width) for row in samples.itertuples()])
-    views = {view: np.stack(of_view.to_list()) for view, of_view in masks.groupby(samples["view"].to_numpy())}
-    means, spreads = (np.stack([moment(masks, 0) for masks in views.values()]) for moment in (np.mean, np.std))
+    views = {view: _moments(rows, height, width) for view, rows in samples.groupby("view")}
+    means, spreads = map(np.stack, zip(*views.values(), strict=True))
     never, always = (means.max(0) == 0).mean(), (means.min(0) > 0.999).mean()
     _, (most, _) = style.ends(pd.Series(spreads.mean((1, 2)), list(views)))
     text = f"{never:.0%} of the image is never car, {always:.1%} always is; cars differ most in view {most}"
@@ -92,6 +91,12 @@ def mean_mask(samples: pd.DataFrame) -> Figure:
         bar = figure.colorbar(shown, ax=part, format=PercentFormatter(1))
         bar.set_label(kind, fontsize=style.FONT_SIZE - 1)
     return style.set_title(figure, text)
+
+
+def _moments(samples: pd.DataFrame, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of masks, brought to (height, width)."""
+    masks = np.stack([resize(mask_of(row).astype(np.float32), height, width) for row in samples.itertuples()])
+    return masks.mean(0), masks.std(0)
 
 
 def contrasts(cars: pd.DataFrame) -> Figure:
@@ -112,7 +117,7 @@ def contrasts(cars: pd.DataFrame) -> Figure:
 def odd_masks(images: Archive, samples: pd.DataFrame, odd: pd.DataFrame) -> Figure:
     """The oddest masks of `statistics.mask_oddities`: a row by area, by fragment, by hole."""
     order = {"ratio": np.log(odd["ratio"].clip(lower=1e-6)).abs(), "fragment": odd["fragment"], "hole": odd["hole"]}
-    worst = np.expm1(order["ratio"].max()), odd["fragment"].max(), odd["hole"].max()
+    worst = (odd["ratio"] - 1).abs().max(), odd["fragment"].max(), odd["hole"].max()
     text = "The oddest of {} masks: area off by {:.0%}, patch of {}, gap of {} pixels"
     aspect = samples["height"].iloc[0] / samples["width"].iloc[0]
     figure, axes = style.panels(3 * ODD_SHOWN, ODD_SHOWN, aspect, line=0.4)
@@ -134,7 +139,7 @@ def fold_balance(samples: pd.DataFrame, folds: pd.DataFrame) -> Figure:
     names = {fold: "held out" if fold == HOLDOUT else f"fold {fold}" for fold in sorted(fold_of.unique())}
     groups = cars.index.to_series().map(fold_of).map(names)
     sizes = samples["car"].map(fold_of).value_counts().drop(HOLDOUT, errors="ignore")
-    means = cars.groupby(groups).mean()
+    means = cars.groupby(groups).mean().drop("held out", errors="ignore")
     held = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
     text = f"Folds hold {held} images; mean areas are {means.min():.1%} to {means.max():.1%}"
     return _strips(cars, groups, {name: style.fold_colour(fold) for fold, name in names.items()}, text)

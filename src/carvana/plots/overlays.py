@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from scipy.special import expit, logit
 
 from carvana.data.competition import Competition
 from carvana.data.images import Archive, image_size, mask_of, read_full_image
@@ -142,15 +143,18 @@ def predicted_outlines(
     return style.set_title(figure, f"Predicted cars cover {min(shares):.1%} to {max(shares):.1%} of the image")
 
 
-def hesitations(images: Archive, titles: Mapping[str, str], probabilities: Iterable[np.ndarray]) -> Figure:
+def hesitations(
+    images: Archive, titles: Mapping[str, str], probabilities: Iterable[np.ndarray], threshold: float = 0.5
+) -> Figure:
     """Images with the predicted outline, each beside the place that holds most pixels of which it is unsure.
 
-    titles: by image, in the order of `probabilities`, (H, W) in [0, 1] each.
+    titles: by image, in the order of `probabilities`, (H, W) in [0, 1] each. threshold: from which it is car.
     """
     height, width = image_size(images, next(iter(titles)))
     figure, axes = style.panels(2 * len(titles), 4, height / width, line=0.4)
     shares = []
     for whole, close, name, probability in zip(axes[::2], axes[1::2], titles, probabilities, strict=False):
+        probability = expit(logit(probability) - logit(threshold))  # the outline is at 0.5 of these
         image, unsure = read_full_image(images, name), np.abs(probability - 0.5) < UNSURE
         place = densest(unsure)
         shares.append(unsure[place].sum() / max(1, unsure.sum()))

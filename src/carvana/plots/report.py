@@ -68,13 +68,14 @@ def _rendered(template: str, **values: Any) -> str:
 def _contents(run: Run, submissions_dir: Path | None) -> dict[str, Any]:
     scores, histories = run.scores() if run.scores_path.exists() else None, run.histories()
     figures, left_out, room = _figures(run.worst_dir.parent)
+    colours = {fold: style.fold_colour(int(fold) if fold.isdigit() else i) for i, fold in enumerate(histories)}
     timings = {name: f"{step['seconds'] / 60:.1f} minutes" for name, step in sorted(run.note("steps").items())}
     return {
         "name": run.name,
         "data": {} if scores is None else _data(scores),
         "headline": [] if scores is None else list(_headline(scores)),
-        "folds": [_fold_row(fold, history, scores) for fold, history in histories.items()],
-        "charts": list(_charts(histories)),
+        "folds": [_fold_row(fold, history, scores) | {"colour": colours[fold]} for fold, history in histories.items()],
+        "charts": list(_charts(histories, colours)),
         "anatomy": [] if scores is None else error_shares(scores).join(style.PARTS).to_dict("records"),
         "worst": [] if scores is None else scores.nsmallest(WORST, "dice").to_dict("records"),
         "tiles": [] if scores is None else list(_tiles(run, run.folder, room)),
@@ -111,22 +112,17 @@ def _fold_row(fold: str, history: pd.DataFrame, scores: pd.DataFrame | None) -> 
     best, ensemble = history.nlargest(1, "dice").iloc[0], None
     if scores is not None and (of_fold := scores["fold"].astype(str) == fold.rpartition("/")[2]).any():
         ensemble = scores.loc[of_fold, "dice"].mean()
-    row = {"fold": fold, "colour": _colour(fold), "best": best, "first": history["dice"].iloc[0]}
+    row = {"fold": fold, "best": best, "first": history["dice"].iloc[0]}
     return row | {"epochs": history["epoch"].max(), "minutes": history["seconds"].max() / 60, "ensemble": ensemble}
 
 
-def _colour(fold: str) -> str:
-    number = fold.rpartition("/")[2]
-    return style.fold_colour(int(number)) if number.isdigit() else style.SERIES_COLOUR
-
-
-def _charts(histories: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
+def _charts(histories: dict[str, pd.DataFrame], colours: dict[str, str]) -> Iterator[dict[str, str]]:
     """The columns CHARTS of all histories against epochs, a line a fold; columns without numbers are left out."""
     for column, (caption, scale) in CHARTS.items():
         (ax,) = style.charts(2.7)
         for fold, history in histories.items():
             rows = history.dropna(subset=[column])
-            ax.plot(rows["epoch"], style.inside(rows[column], scale), "o-", color=_colour(fold), markersize=4)
+            ax.plot(rows["epoch"], style.inside(rows[column], scale), "o-", color=colours[fold], markersize=4)
         if np.isfinite(ax.dataLim.intervaly).all():
             style.scale(ax, "y", scale)
             figure, buffer = style.label(ax, "", "epoch", count="x"), io.BytesIO()

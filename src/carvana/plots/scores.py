@@ -93,7 +93,8 @@ def variant_text(variant: str) -> str:
 
 def _reach(table: pd.DataFrame, middle: str = "gain") -> list[pd.Series]:
     """Lengths of the error bars to both sides of the column `middle`."""
-    return [table[middle] - table["low"], table["high"] - table[middle]]
+    reach = table[middle] - table["low"], table["high"] - table[middle]
+    return [side.clip(lower=0) for side in reach]  # rounding may lead to the other side
 
 
 def error_maps(maps: dict[int, np.ndarray], scores: pd.DataFrame, aspect: float) -> Figure:
