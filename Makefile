@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	@$(BIN)/carvana run profiles/demo.yaml $(ARGS)
 
 run: $(INSTALLED)
-	@$(BIN)/carvana run $(PROFILE) $(ARGS)
+	@$(BIN)/carvana run "$(PROFILE)" $(ARGS)
 
 test: $(INSTALLED)
 	@$(BIN)/ruff check .

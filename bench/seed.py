@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_seed"))
     options = parser.parse_args()
+    options.folder /= f"{options.height}x{options.width}_{options.cars}_{options.epochs}"
     tame_allocator()
     rows = [row_of(name, changes, options) for name, changes in arms(options.height, options.width).items()]
     rows += ensemble_rows(options)
@@ -75,7 +76,8 @@ def row_of(name: str, changes: dict, options: argparse.Namespace) -> tuple:
         shutil.rmtree(folder, ignore_errors=True)
         run, recipe = Run(options.folder, name), recipe_of_arm(changes, options)
         history = train(trainer_in(run, competition_of(options), recipe))
-        ious = history["iou"].iloc[0], history["iou"].iloc[-1], history["dice"].iloc[-1]
+        best = history.loc[history["dice"].idxmax()]  # the checkpoint that the last two rows blend
+        ious = history["iou"].iloc[0], best["iou"], best["dice"]
         done.write_text(json.dumps((name, *ious, (time.monotonic() - began) / 60)))
     print(done.read_text(), flush=True)
     return tuple(json.loads(done.read_text()))

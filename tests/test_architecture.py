@@ -42,6 +42,8 @@ def tree(path):
 def imported(path):
     """Modules of the package that a file imports; names that a folder hands on count as the folder."""
     for node in ast.walk(tree(path)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not getattr(node, "level", 0) and not any(name.startswith("carvana.") for name in names), path
         top, _, inner = (node.module or "" if isinstance(node, ast.ImportFrom) else "").partition(".")
         if top != "carvana":
             continue

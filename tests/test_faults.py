@@ -121,8 +121,8 @@ def test_a_target_that_cannot_be_written_is_said_before_anything_is_asked_for(co
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error():
-    shell = f"{sys.executable} -m carvana params | head -1"
-    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {shell}"], capture_output=True, text=True, check=False)
+    command = ["bash", "-o", "pipefail", "-c", '"$0" -m carvana params | head -1', sys.executable]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import papermill
 import pytest
@@ -351,6 +352,21 @@ def test_what_is_given_on_the_command_line_is_not_looked_for_in_the_profile(tmp_
     for wrong in ({"epochs": "abc"}, {"epoch": "3"}):
         with pytest.raises(UserError, match='parameter "epochs?" of -p is'):
             profiles.load_profile(path, wrong)
+
+
+def test_two_commands_on_one_run_do_its_steps_once(written):
+    path, ran, _ = written
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(pipeline.run, path) for _ in range(2))
+        assert first.result() == second.result()
+    assert sorted(ran) == sorted(set(ran))
+
+
+def test_a_folder_may_have_braces_in_its_name(tmp_path):
+    output = tmp_path / "{2024} {cars}" / "a{b.ipynb"
+    with pytest.raises(UserError, match="does not exist"):  # of the data: the notebook ran
+        pipeline.execute("02_explore", output, {"data_dir": str(tmp_path / "none")})
+    assert output.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"03_train_fold0": 3}', bytes(99)], ids=repr)

@@ -48,7 +48,9 @@ def examine(profile: Path | None = None) -> Iterator[tuple[str, str, str]]:
         except UserError as error:
             yield "note" if isinstance(error, NoteError) else "STOP", name, scrub(error)
         except Exception as error:  # a package may fail to be imported in any way
-            yield "STOP", name, f"{type(error).__name__}: {scrub(error)}. Install what is needed again: make setup"
+            of_file = isinstance(error, OSError) and error.filename
+            advice = "Correct the path or its rights" if of_file else "Install what is needed again: make setup"
+            yield "STOP", name, f"{type(error).__name__}: {scrub(error)}. {advice}"
 
 
 def _noted(seen: str, noteworthy: bool, advice: str) -> str:
@@ -96,8 +98,7 @@ def _memory() -> str:
 
 def _disk(values: Values) -> str:
     folder = resolve(values["runs_dir"])
-    while not folder.exists():
-        folder = folder.parent
+    folder = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     free = shutil.disk_usage(folder).free
     if free < RESERVE or not os.access(folder, os.W_OK):
         raise UserError(f"{folder} has {free / 1e9:.1f} GB free or cannot be written. Free space or give a runs_dir")

@@ -22,14 +22,16 @@ from carvana.errors import UserError
 
 # What reading a damaged or wrong archive raises; RuntimeError: a zip with a password.
 UNREADABLE = OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+os.umask(UMASK := os.umask(0))  # once: to ask for it changes it for a moment, for all threads
 MARK = f".{platform.node()}-"  # of temporary files: .NAME.HOST-PROCESS-xxxxxxxx
 
 
 @contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic(path: str | Path, rights: int = 0o666) -> Iterator[IO[bytes]]:
     """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed.
 
-    A link is followed. Raises UserError where the disk is full, the folder cannot be written, or `path` is no file.
+    A link is followed. rights: of the file, less those that the umask takes. Raises UserError where the disk is full,
+    the folder cannot be written, or `path` is no file.
     """
     target = Path(os.path.realpath(path))
     temporary = None
@@ -43,7 +45,7 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(rights & ~UMASK)
         temporary.replace(target)
     except OSError as error:
         reason = error.strerror or error
@@ -59,12 +61,6 @@ def sweep(hidden: Iterable[Path]) -> None:
         process = path.name.rpartition(MARK)[2].partition("-")[0]
         if MARK in path.name and process.isdecimal() and not psutil.pid_exists(int(process)):
             path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -130,7 +126,7 @@ def stamp(path: str | Path) -> list:
     """Name, size and time of a file or of each file right in a folder: cheap to compare, no contents read."""
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    return [(file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()]
+    return [(file.name, stat.st_size, stat.st_mtime_ns) for file in files if file.is_file() and (stat := file.stat())]
 
 
 def project_root() -> Path:

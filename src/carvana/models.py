@@ -22,7 +22,6 @@ from carvana.files import atomic, resolve
 from carvana.grid import STRIDE
 
 HUB = "https://huggingface.co/"
-# What smp calls otherwise than timm, whose weights it has:
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2", "xception": "legacy_xception"}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -80,7 +79,9 @@ class SegmentationModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, h, w, 3) uint8 -> (B, h, w) logits."""
-        return self.net(images.permute(0, 3, 1, 2).float().sub_(self.mean).mul_(self.scale)).squeeze(1)
+        rows, width = images.flatten(2).float(), images.shape[2]  # by rows: loops over three colours are slow
+        rows = rows.sub_(self.mean.flatten().repeat(width)).mul_(self.scale.flatten().repeat(width))
+        return self.net(rows.view(images.shape).permute(0, 3, 1, 2)).squeeze(1)
 
 
 def _depthwise(convolve: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,7 @@ def build_network(config: ModelConfig) -> nn.Module:
 def check_names(config: ModelConfig) -> None:
     """UserError, with the nearest name, for an architecture, encoder or widths that nobody knows."""
     archs = ["classic_unet", *smp.MODEL_ARCHITECTURES_MAPPING]
-    if config.arch.lower() not in archs:
+    if config.arch not in archs and config.arch.lower() not in archs[1:]:
         hint = did_you_mean(config.arch, archs)
         raise UserError(f'arch "{config.arch}" is unknown{hint} Choose from: {", ".join(archs)}.')
     if config.arch == "classic_unet":
@@ -170,8 +171,7 @@ def check_weights(config: ModelConfig, weights: str) -> None:
     if weights == "imagenet" and not _address(config.encoder):
         raise UserError(f'encoder_weights is "imagenet", but nobody offers these of {config.encoder}. Set it to "".')
     if weights not in ("", "imagenet") and not resolve(weights).is_file():
-        kinds = 'Give a .safetensors or .pth file, "imagenet" or "".'
-        raise UserError(f"encoder_weights {resolve(weights)} does not exist. {kinds}")
+        raise UserError(f'encoder_weights {resolve(weights)} does not exist. Give a file, "imagenet" or "".')
 
 
 def _counterpart(key: str, tensor: torch.Tensor, given: dict[str, torch.Tensor]) -> str | None:

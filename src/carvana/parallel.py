@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,7 +90,11 @@ ALONE = Processes()
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """The work of a launched process; 1 where it ends with a UserError, whose line `launch` hands on."""
+    """The work of a launched process; 1 where it ends with a UserError, whose line `launch` hands on.
+
+    However the process that launched it ends, it ends too: what comes through standard input is that end.
+    """
+    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
     try:
         work()
     except UserError as error:
@@ -113,7 +118,7 @@ def launch(
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", module, *map(str, arguments)]
     reason = error = ""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             for line in process.stderr or ():
                 if not reason and line.startswith("carvana: "):

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,18 @@ from papermill.exceptions import PapermillExecutionError
 
 from carvana.data.competition import Competition
 from carvana.errors import OutOfTimeError, UserError
-from carvana.files import fingerprint, optional_path, parse_list, project_root, read_json, resolve, sha256, stamp, sweep
+from carvana.files import (
+    fingerprint,
+    locked,
+    optional_path,
+    parse_list,
+    project_root,
+    read_json,
+    resolve,
+    sha256,
+    stamp,
+    sweep,
+)
 from carvana.parallel import sharing, tame_allocator
 from carvana.profiles import Values, load_profile, notebook_path, parameters, with_defaults
 from carvana.run import EnsembleNote, Run, shared_checkpoints, shared_folds
@@ -136,12 +147,13 @@ def run(profile: str | Path, overrides: dict[str, str] | None = None, hours: flo
     names = with_defaults(values)
     of_profile = Run(names["runs_dir"], names["run_name"])
     check_inputs(names)
-    submissions = resolve(names["submissions_dir"]).glob(f".{glob.escape(of_profile.name)}.csv.gz.*")
-    sweep([*of_profile.folder.rglob(".*"), *submissions])
-    tame_allocator()
-    for _, group in itertools.groupby(steps(values), key=lambda step: step.notebook):
-        _run_group(list(group), of_profile, ends)
-    return list(of_profile.result_lines())
+    with nullcontext() if names["accelerate_config"] else locked(of_profile.folder / ".lock", "this run"):
+        submissions = resolve(names["submissions_dir"]).glob(f".{glob.escape(of_profile.name)}.csv.gz.*")
+        sweep([*of_profile.folder.rglob(".*"), *submissions])
+        tame_allocator()
+        for _, group in itertools.groupby(steps(values), key=lambda step: step.notebook):
+            _run_group(list(group), of_profile, ends)
+        return list(of_profile.result_lines())
 
 
 def _run_group(group: list[Step], run: Run, ends: float) -> None:
@@ -194,7 +206,8 @@ def lanes(todo: list[Step]) -> list[list[Step]]:
     from carvana import device  # torch takes seconds, and a run in which nothing has changed needs none
 
     gpus = max(1, device.gpu_count())
-    return [[step for step in todo if step.values["fold"] % gpus == gpu] for gpu in range(gpus)]
+    by_gpu = ([step for step in todo if step.values["fold"] % gpus == gpu] for gpu in range(gpus))
+    return [lane for lane in by_gpu if lane]
 
 
 def _limited(step: Step, ends: float) -> Values:
@@ -219,9 +232,10 @@ def execute(notebook: str, output: Path, values: Values) -> float:
     began = time.monotonic()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(
-            str(notebook_path(notebook)), str(output), values, kernel_name="python3", cwd=str(project_root()),
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
+        paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook_path(notebook), output)]
+        papermill.execute_notebook(  # which formats the paths
+            *paths, values, kernel_name="python3", cwd=str(project_root()), progress_bar=False,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except PapermillExecutionError as error:
         kind = {kind.__name__: kind for kind in (UserError, OutOfTimeError)}.get(error.ename)

@@ -51,9 +51,8 @@ class Upload:
 
     def save(self) -> None:
         """Note what has been agreed on; only the owner can read it."""
-        with atomic(self.note) as file:
+        with atomic(self.note, 0o600) as file:
             file.write(json.dumps(self.facts).encode())
-        self.note.chmod(0o600)
 
     def done(self) -> None:
         """Forget it."""
