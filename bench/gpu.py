@@ -174,12 +174,15 @@ def _loader_speed(options: argparse.Namespace, height: int, width: int) -> float
     changes = {"height": height, "width": width, "encoder": options.encoder, "encoder_weights": ""}
     recipe, run = recipe_of("profiles/h100.yaml", **changes), Run(options.folder, f"loader{height}")
     trainer = trainer_in(run, Competition(options.data), recipe, n_folds=5)
-    began, seen = 0.0, 0
-    for images, _, _ in trainer.loader(min(16, os.cpu_count())):
-        began, seen = began or time.perf_counter(), seen + len(images)  # the workers' start is not counted
+    began, seen, workers = 0.0, 0, min(16, os.cpu_count())
+    for number, (images, _, _) in enumerate(trainer.loader(workers)):
+        if number < 2 * workers:  # prepared while the workers started
+            began = time.perf_counter()
+            continue
+        seen += len(images)
         if time.perf_counter() - began > 10:
             break
-    return (seen - recipe.batch_size) / (time.perf_counter() - began)
+    return seen / (time.perf_counter() - began)
 
 
 def main() -> None:

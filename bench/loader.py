@@ -10,6 +10,7 @@ python bench/loader.py [--data FOLDER]        (default: a demo competition of fu
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from carvana.data import Competition, dataset, demo
+from carvana.models import ModelConfig, SegmentationModel
 
 SIZES = [(320, 480), (640, 960)]
 BATCH_SIZE, ROUNDS = 8, 6
@@ -50,9 +52,9 @@ def ours(source, n: int) -> DataLoader:
     return DataLoader(samples, batch_sampler=dataset.batches(n, BATCH_SIZE, 1, 1, 1))
 
 
-def normalised(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(model: SegmentationModel, images: torch.Tensor, targets: torch.Tensor):
     """What the network and the loss do with a batch of bytes, on the device."""
-    return images.permute(0, 3, 1, 2).float().sub_(127.5).mul_(1 / 127.5), targets.float() / 255
+    return model.normalised(images), targets.float() / 255
 
 
 def usual_floats(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,11 +73,12 @@ def measure(data: Path, height: int, width: int, cache: Path) -> dict:
     competition = Competition(data)
     samples = competition.samples.head(8 * BATCH_SIZE)
     decoded = dataset.DecodedSamples(competition.train_images, samples, height, width)
-    n = len(samples)
+    n, config = len(samples), ModelConfig("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)
+    finish = partial(normalised, SegmentationModel(config))
     loaders = {
         "usual": (DataLoader(Usual(data, samples["img"].tolist(), height, width), BATCH_SIZE), usual_floats),
-        "uncached": (ours(decoded, n), normalised),
-        "cached": (ours(dataset.cached(decoded, cache), n), normalised),
+        "uncached": (ours(decoded, n), finish),
+        "cached": (ours(dataset.cached(decoded, cache), n), finish),
     }
     times = {name: [] for name in loaders}
     for _ in range(ROUNDS + 1):

@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 
 from carvana import rle
 from carvana.data import demo, images
+from carvana.device import precision
 from carvana.inference.logits import BlendedLogits
 from carvana.models import ModelConfig, SegmentationModel
 
@@ -46,8 +47,9 @@ def usual_out_two_classes(logits: torch.Tensor) -> str:
     return usual_encode(interpolate(both, (1280, 1918), mode="bilinear").argmax(1)[0].numpy())
 
 
-def ours_in(archive: images.Archive, name: str, height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(images.read_image(archive, name, height, width)[0])
+def ours_in(archive: images.Archive, name: str, model: SegmentationModel) -> torch.Tensor:
+    image = images.read_image(archive, name, model.config.height, model.config.width)[0]
+    return model.normalised(torch.from_numpy(image)[None])
 
 
 def ours_out(logits: torch.Tensor) -> str:
@@ -62,12 +64,12 @@ def floor(data: bytes, mask: np.ndarray) -> None:
 def measure(archive: images.Archive, names: list[str], height: int, width: int, rounds: int) -> dict:
     files = [archive.read(name) for name in names]
     maps = [torch.from_numpy(car) for car in synthetic.logits(len(names), height, width)]
-    mask = synthetic.masks(1)[0]
+    mask, model = synthetic.masks(1)[0], lite0(height, width)
     stages = {
         "usual_in": lambda i: usual_in(files[i], height, width),
         "usual_out_one_class": lambda i: usual_out_one_class(maps[i]),
         "usual_out_two_class": lambda i: usual_out_two_classes(maps[i]),
-        "ours_in": lambda i: ours_in(archive, names[i], height, width),
+        "ours_in": lambda i: ours_in(archive, names[i], model),
         "ours_out": lambda i: ours_out(maps[i]),
         "floor": lambda i: floor(files[i], mask),
     }
@@ -87,14 +89,17 @@ def measure(archive: images.Archive, names: list[str], height: int, width: int, 
     return results | {f"{name}_spread": [round(float(v), 2) for v in (r.min(), r.max())] for name, r in ratios.items()}
 
 
+def lite0(height: int, width: int) -> SegmentationModel:
+    return SegmentationModel(ModelConfig("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)).eval()
+
+
 def network_ms(height: int, width: int) -> float:
     """The smallest network of the profiles on one thread, in the package's own precision."""
-    config = ModelConfig("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)
-    model, batch = SegmentationModel(config).eval(), torch.zeros(4, height, width, 3, dtype=torch.uint8)
+    model, batch = lite0(height, width), torch.zeros(4, height, width, 3, dtype=torch.uint8)
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16"):
             model(batch)
         times.append((time.perf_counter() - began) / 4)
     return round(min(times) * 1e3, 1)

@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import product
@@ -121,10 +122,11 @@ def train_arms(options: argparse.Namespace, results: Path) -> None:
     for seed, name in product(options.seeds, options.arms):
         path, recipe = results / f"{name}_{seed}.json", replace(recipes[name], seed=seed)
         facts = asdict(recipe) | {"encoder_weights": Path(recipe.encoder_weights).name}
-        if path.exists() and json.loads(path.read_text())["recipe"] == facts:
-            continue  # done by an earlier call
         cost = costs[name] / costs["base"]
         arm = {"machine": machine(), "cost": cost, "steps": round(options.steps / cost)}
+        done = json.loads(path.read_text()) if path.exists() else {}
+        if done and (done["recipe"], done["steps"]) == (facts, arm["steps"]):
+            continue  # by an earlier call
         with network_of(name):
             folder = options.folder / f"{options.size}_{name}_{seed}"
             arm |= train_for(recipe, options.data, folder, arm["steps"]) | {"recipe": facts}
@@ -231,25 +233,26 @@ def kept_costs(path: Path, recipes: dict[str, Recipe]) -> dict[str, float]:
 
 
 def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
-    """Seconds of an arm's middle step, smaller ones counted by their pixels; the arms take turns.
+    """Seconds of an arm's mean step: steps at the whole and at half the size are timed, the arms taking turns.
 
-    Arms that compute the same, whatever their learning rate and augmentation, share one measurement.
+    In between they go straight with the pixels; an optimiser's part stays. Arms that compute the same, whatever their
+    learning rate and augmentation, share one measurement.
     """
     kinds = {
-        name: (name == "dilated", r.model_config, r.optimizer, r.batch_size, r.start_size, r.loss)
-        for name, r in recipes.items()
+        name: (name == "dilated", r.model_config, r.optimizer, r.batch_size, r.loss) for name, r in recipes.items()
     }
-    steps, seconds = {}, {}
+    steps, seconds = {}, defaultdict(list)
     for name, kind in kinds.items():
         if kind not in steps:
             with network_of(name):
-                steps[kind], seconds[kind] = stepper(recipes[name]), []
-    for _ in range(rounds):
-        for kind, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[kind].append(time.perf_counter() - began)
-    return {name: float(np.median(seconds[kind][1:])) * pixels(recipes[name]) for name, kind in kinds.items()}
+                steps[kind] = stepper(recipes[name])
+    for _, (kind, step), part in product(range(rounds), steps.items(), (1, 2)):
+        began = time.perf_counter()
+        step(part)
+        seconds[kind, part].append(time.perf_counter() - began)
+    whole, small = ({kind: float(np.median(seconds[kind, part][1:])) for kind in steps} for part in (1, 2))
+    shares = {name: (pixels(recipe) - 1 / 4) / (3 / 4) for name, recipe in recipes.items()}
+    return {name: small[kind] + (whole[kind] - small[kind]) * shares[name] for name, kind in kinds.items()}
 
 
 def pixels(recipe: Recipe) -> float:
@@ -265,10 +268,11 @@ def stepper(recipe: Recipe):
     images = torch.zeros(recipe.batch_size, recipe.height, recipe.width, 3, dtype=torch.uint8)
     targets = torch.rand(images.shape[:3])
 
-    def step() -> None:
+    def step(part: int) -> None:
+        height, width = recipe.height // part, recipe.width // part
         with torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16"):
-            logits = model(images)
-        loss_of(logits, targets).backward()
+            logits = model(images[:, :height, :width])
+        loss_of(logits, targets[:, :height, :width]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

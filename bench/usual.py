@@ -2,9 +2,9 @@
 
 Usual, as most who train a U-Net on this competition do it: the classic U-Net with two classes, RMSprop with lr 1e-5 and
 momentum 0.999, cross-entropy + Dice, images and masks at half size (bicubic and nearest), batch 1, float32, nothing
-augmented; masks by enlarged logits and argmax, for as long as ours took. Ours: a profile, its schedule fitted to the
-minutes by the measured cost of a step, so that it may take longer. Both learn from all folds but 0 of 2, and are scored
-on every second image of fold 0, at the images' own size, without tta.
+augmented; masks by enlarged logits and argmax, for as long as ours took. Ours: a profile, its encoder from ImageNet,
+its schedule fitted to the minutes by the measured cost of a step, so that it may take longer. Both learn from all
+folds but 0 of 2, and are scored on every second image of fold 0, at the images' own size, without tta.
 
 python bench/usual.py --data ../carvana512 --encoder-weights lite0.safetensors --minutes 20
 """

@@ -30,7 +30,7 @@ def run(members, tmp_path) -> Run:
     run.fold_dir(0).mkdir(parents=True)
     shutil.copy(members[1], run.checkpoint(0))
     pd.DataFrame({"car": ["a", "b"], "fold": [0, 1]}).to_csv(run.folds_path, index=False)
-    scores = pd.DataFrame({"img": list("wxyz"), "car": list("aabb"), "dice": [0.98, 0.98, 0.96, 0.96]})
+    scores = pd.DataFrame({"img": list("wxyz"), "car": list("aabb"), "fold": 0, "dice": [0.98, 0.98, 0.96, 0.96]})
     scores.to_csv(run.scores_path, index=False)
     facts = {"data_dir": "/gone/studio", "hq": False, "encoder_weights": "imagenet"}
     run.write_note("run", {"parameters": facts, "data": "cafe", "versions": {"timm": "9.9"}})

@@ -261,8 +261,8 @@ def test_a_run_whose_name_is_no_folder_is_refused_before_work(tmp_path, name):
 
 @pytest.mark.parametrize(("rows", "message"), [
     ("img,dice\na.jpg,0.9\n", "no column car"),
-    ("img,car,dice\na.jpg,a,0.9\na.jpg,a,0.9\n", "names an image twice"),
-    ("img,car,dice\na.jpg,a,-7.5\n", "a Dice outside 0 to 1"),
+    ("img,car,fold,dice\na.jpg,a,0,0.9\na.jpg,a,0,0.9\n", "names an image twice"),
+    ("img,car,fold,dice\na.jpg,a,0,-7.5\n", "a Dice outside 0 to 1"),
 ])  # fmt: skip
 def test_scores_that_cannot_be_are_one_line(tmp_path, rows, message):
     run = Run(tmp_path, "run")

@@ -57,8 +57,7 @@ class ModelConfig:
 class SegmentationModel(nn.Module):
     """A network with its normalisation: images in, logits out.
 
-    forward: (B, h, w, 3) uint8 RGB -> (B, h, w) logits. The images stay bytes until they are on the device, and
-    permuting them makes the batch channels_last, the layout in which convolutions are fastest.
+    forward: (B, h, w, 3) uint8 RGB -> (B, h, w) logits. The images stay bytes until they are on the device.
     """
 
     mean: torch.Tensor
@@ -79,9 +78,13 @@ class SegmentationModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, h, w, 3) uint8 -> (B, h, w) logits."""
+        return self.net(self.normalised(images)).squeeze(1)
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, h, w, 3) uint8 -> (B, 3, h, w) float32 in channels_last, the layout in which convolutions are fastest."""
         rows, width = images.flatten(2).float(), images.shape[2]  # by rows: loops over three colours are slow
         rows = rows.sub_(self.mean.flatten().repeat(width)).mul_(self.scale.flatten().repeat(width))
-        return self.net(rows.view(images.shape).permute(0, 3, 1, 2)).squeeze(1)
+        return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
 def _depthwise(convolve: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -151,9 +154,8 @@ def load_encoder(model: SegmentationModel, weights: str | Path | None) -> str:
     """
     if not weights:
         return "Encoder weights: random."
-    encoder = model.net.get_submodule("encoder")
+    encoder, name = model.net.get_submodule("encoder"), model.config.encoder
     state = encoder.state_dict()
-    name = model.config.encoder
     given = _hub_weights(name) if weights == "imagenet" else _read_weights(resolve(weights))
     matched = {key: given[source] for key in state if (source := _counterpart(key, state[key], given))}
     learnt = [key for key in state if not key.endswith("num_batches_tracked")]
@@ -206,9 +208,8 @@ def in_cache(encoder: str) -> bool:
 
 def fetch_encoder(encoder: str, path: Path) -> Path:
     """Write an encoder's ImageNet weights from the hub (or its cache) to a .safetensors file; returns its path."""
-    tensors = {name: tensor.contiguous() for name, tensor in _hub_weights(encoder).items()}
     with atomic(path) as file:
-        file.write(save(tensors))
+        file.write(save({name: tensor.contiguous() for name, tensor in _hub_weights(encoder).items()}))
     return path
 
 
@@ -270,8 +271,7 @@ def load_checkpoint(path: Path) -> tuple[SegmentationModel, dict[str, Any]]:
 class ClassicUNet(nn.Module):
     """The original U-Net with about 31.0 M parameters: (B, 3, H, W) -> (B, 1, H, W) logits.
 
-    Source: Ronneberger, Fischer, Brox 2015 (arXiv 1505.04597); padded convolutions keep the size, and batch
-    normalisation after each lets it train at a useful learning rate.
+    Source: Ronneberger, Fischer, Brox 2015 (arXiv 1505.04597), with padding, and batch normalisation for higher rates.
     """
 
     def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512, 1024)):

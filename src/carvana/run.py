@@ -176,7 +176,7 @@ class Run:
         """A row a scored image, as `evaluation.evaluate` returns it; UserError where the run has none."""
         if not self.scores_path.exists():
             raise UserError(f"{self.scores_path} does not exist. Score the run with 04_evaluate first.")
-        scores = read_csv(self.scores_path, "img", "car", "dice")
+        scores = read_csv(self.scores_path, "img", "car", "fold", "dice")
         if scores["img"].duplicated().any() or not scores["dice"].between(0, 1).all():
             raise UserError(f"{self.scores_path} names an image twice, or has a Dice outside 0 to 1. Run 04_evaluate.")
         return scores
@@ -280,12 +280,12 @@ def shared_checkpoints(runs: list[Run]) -> dict[int, list[Path]]:
 
 
 def compare(runs: list[Run]) -> pd.DataFrame:
-    """Runs side by side on the images that all of them have scored, best first.
+    """Runs side by side on the images that all have scored out of fold, or all as held out, best first.
 
     Columns: run, dice with its 95 % interval (low, high), what the best run has more (behind) with the paired interval
     (least, most), images, and the minutes that its own folds were trained. UserError for a run without scores.csv.
     """
-    tables = {run: run.scores().set_index("img") for run in runs}
+    tables = {run: run.scores().assign(held=lambda t: t["fold"] < 0).set_index(["img", "held"]) for run in runs}
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
     if not common:
         raise UserError(f"{' and '.join(str(run.folder) for run in runs)} have scored no image in common.")

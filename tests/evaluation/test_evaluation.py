@@ -278,7 +278,9 @@ def test_settings_that_gain_on_one_fold_only_are_not_used():
 
 def test_compared_runs_stand_best_first_with_the_paired_difference(tmp_path):
     for run, dice in (("a", [0.90, 0.92]), ("b", [0.91, 0.95]), ("c", [0.80, 0.99, 0.5])):
-        table = pd.DataFrame({"img": ["1_01", "2_01", "3_01"][: len(dice)], "car": "1", "dice": dice})
+        images = ["1_01", "2_01", "3_01"]
+        table = pd.DataFrame({"img": images[: len(dice)], "car": "1", "fold": 0, "dice": dice})
+        table.loc[3] = ("4_01", "4", 0 if run == "a" else -1, 0.1)  # of several networks, or of one: not to be compared
         (tmp_path / run / "fold0").mkdir(parents=True)
         table.to_csv(tmp_path / run / "scores.csv", index=False)
         (tmp_path / run / "fold0" / "history.csv").write_text("epoch,dice,seconds\n0,0.1,30.0\n1,0.9,90.0\n")

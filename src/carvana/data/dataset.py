@@ -204,8 +204,9 @@ class Augmentation:
     """Random changes of a training sample; 0 leaves one out.
 
     hflip: probability of a mirror image. crop_height, crop_width: a random crop of that many network pixels.
-    brightness, contrast, saturation: largest change, 0.2 = 20 %. hue: largest turn of the colour circle as a share of
-    it. scale, shift: largest change as a share of the image. rotate: largest angle in degrees.
+    brightness: largest change as a share of white. contrast, saturation: largest change, 0.2 = 20 %. hue: largest turn
+    of the colour circle as a share of it. scale, shift: largest change as a share of the image. rotate: largest angle
+    in degrees.
     """
 
     hflip: float = 0.0

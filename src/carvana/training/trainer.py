@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from carvana.data.competition import Competition
 from carvana.data.dataset import CachedSamples, DecodedSamples, PseudoSamples, TrainDataset, add_pseudo, batches, cached
+from carvana.data.folds import HOLDOUT
 from carvana.device import use_gpu, worker_count
 from carvana.errors import UserError
 from carvana.files import fingerprint, sha256, write_text
@@ -89,7 +90,11 @@ class Trainer:
         """
         if not self.recipe.pseudo_labels:
             return [], []
-        index = Run(self.run.runs_dir, self.recipe.pseudo_labels).pseudo_path
+        teacher = Run(self.run.runs_dir, self.recipe.pseudo_labels)
+        index, held = teacher.pseudo_path, set(self.folds.loc[self.folds["fold"] == HOLDOUT, "car"])
+        if held and teacher.folds_path.exists() and held & set(teacher.folds().query("fold >= 0")["car"]):
+            advice = "Give both runs the same holdout_cars and seed."
+            raise UserError(f"pseudo_labels: {teacher.folder} has learnt from cars that this run holds out. {advice}")
         if not index.exists():
             raise UserError(f"pseudo_labels: {index} does not exist. Run 05_predict there with a pseudo_share above 0.")
         labels = read_csv(index, "img", "test_dir", "crc32")
