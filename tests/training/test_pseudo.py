@@ -285,7 +285,7 @@ def test_soft_masks_of_cars_that_have_true_masks_are_refused(shared_competition,
 def test_a_teacher_that_has_learnt_from_cars_that_are_held_out_is_refused(shared_competition, runs):
     samples, teacher = Competition(shared_competition).samples, Run(runs, "teacher")
     teacher.split(samples, 2, 0, 1)
-    with pytest.raises(UserError, match="teacher has learnt from cars that this run holds out. Give both runs the same"):
+    with pytest.raises(UserError, match="has learnt from cars that this run holds out. Give both runs the same"):
         trainer_of(shared_competition, runs / "student", holdout_cars=1, **LEARNS)
     teacher.folds_path.unlink()
     teacher.split(samples, 2, 1, 1)
