@@ -109,7 +109,8 @@ IoU 0.20 untrained, 0.99 trained, 25 hours on an RTX 4090 with 512x512 and all i
 it names.
 
 Machine: {machine()}. Command: `python bench/seed.py --data FOLDER --height {options.height} --width {options.width}
---cars {options.cars} --epochs {options.epochs}`. One run each, so small differences say nothing.
+--cars {options.cars} --epochs {options.epochs}`. One run each, so small differences say nothing. float32 is the recipe
+as written where a processor has no bf16, and so is plateau while the Dice still rises.
 
 {chr(10).join(lines)}
 """

@@ -75,7 +75,7 @@ def _strips(cars: pd.Series, groups: pd.Series, colours: dict[str, str], title: 
 def mean_mask(samples: pd.DataFrame) -> Figure:
     """For every view the share of cars that cover each place, and below it their standard deviation."""
     height, width = (max(1, round(samples[side].median() / 8)) for side in ("height", "width"))
-    views = {view: _moments(rows, height, width) for view, rows in samples.groupby("view")}
+    views = {str(view): _moments(rows, height, width) for view, rows in samples.groupby("view")}
     means, spreads = map(np.stack, zip(*views.values(), strict=True))
     never, always = (means.max(0) == 0).mean(), (means.min(0) > 0.999).mean()
     _, (most, _) = style.ends(pd.Series(spreads.mean((1, 2)), list(views)))
