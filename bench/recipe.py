@@ -142,7 +142,8 @@ def page(loss: str = "") -> str:
 Each arm trains fold 0 of 2 for what the steps of `base` cost on a CPU, and is scored on 400 images of 50 cars that it
 has not seen, at the images' own 512x512, without tta. Difference and interval are of the mean over the seeds that an
 arm shares with `base` on the same machine, paired over cars; it does not hold the spread between seeds. The cost of a
-step is relative to `base`, measured side by side in one run.
+step is relative to `base`, measured side by side in one run, of few rounds: measured again at 256x256, costs differed by
+up to a third, that of batch2 by half. An arm whose cost is not 1.00 may have had that many steps too many or too few.
 
 Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --size N --steps N ARM ...`.
 
@@ -232,7 +233,7 @@ def kept_costs(path: Path, recipes: dict[str, Recipe]) -> dict[str, float]:
     return seconds
 
 
-def step_costs(recipes: dict[str, Recipe], rounds: int = 4) -> dict[str, float]:
+def step_costs(recipes: dict[str, Recipe], rounds: int = 12) -> dict[str, float]:
     """Seconds of an arm's mean step: steps at the whole and at half the size are timed, the arms taking turns.
 
     In between they go straight with the pixels; an optimiser's part stays. Arms that compute the same, whatever their
