@@ -142,8 +142,8 @@ def page(loss: str = "") -> str:
 Each arm trains fold 0 of 2 for what the steps of `base` cost on a CPU, and is scored on 400 images of 50 cars that it
 has not seen, at the images' own 512x512, without tta. Difference and interval are of the mean over the seeds that an
 arm shares with `base` on the same machine, paired over cars; it does not hold the spread between seeds. The cost of a
-step is relative to `base`, measured side by side in one run, of few rounds: measured again at 256x256, costs differed by
-up to a third, that of batch2 by half. An arm whose cost is not 1.00 may have had that many steps too many or too few.
+step is relative to `base`, measured side by side in one run, of few rounds: measured again at 256x256, costs differed
+by up to a third, that of batch2 by half. An arm whose cost is not 1.00 may have had that many steps too many or few.
 
 Command: `python bench/recipe.py --data FOLDER --encoder-weights FILE --size N --steps N ARM ...`.
 
