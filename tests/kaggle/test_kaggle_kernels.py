@@ -79,7 +79,7 @@ def test_the_default_profile_packs_the_weights_of_the_hub_and_says_what_to_give_
 
     plan = kernels.KernelPlan(project_root() / "profiles" / "t4x2.yaml", USER, wheels=False)
     monkeypatch.setattr(models.smp.encoders, "get_encoder", offline)
-    refused('imagenet of resnet34 could not be fetched.*https://.*Here: --weights FILE', kernels.build, plan, built)
+    refused("imagenet of resnet34 could not be fetched.*https://.*Here: --weights FILE", kernels.build, plan, built)
     assert not (built / "dataset").exists()
     monkeypatch.setattr(
         models.smp.encoders, "get_encoder", lambda *names, **options: asked.append((names, options)) or Encoder()
