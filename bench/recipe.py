@@ -233,11 +233,12 @@ def kept_costs(path: Path, recipes: dict[str, Recipe]) -> dict[str, float]:
     return seconds
 
 
-def step_costs(recipes: dict[str, Recipe], rounds: int = 12) -> dict[str, float]:
+def step_costs(recipes: dict[str, Recipe], rounds: int = 8) -> dict[str, float]:
     """Seconds of an arm's mean step: steps at the whole and at half the size are timed, the arms taking turns.
 
     In between they go straight with the pixels; an optimiser's part stays. Arms that compute the same, whatever their
-    learning rate and augmentation, share one measurement.
+    learning rate and augmentation, share one measurement. A step goes untimed before each: so many networks in turn
+    push each other's kernels out of oneDNN's cache, which training never does.
     """
     kinds = {
         name: (name == "dilated", r.model_config, r.optimizer, r.batch_size, r.loss) for name, r in recipes.items()
@@ -248,10 +249,11 @@ def step_costs(recipes: dict[str, Recipe], rounds: int = 12) -> dict[str, float]
             with network_of(name):
                 steps[kind] = stepper(recipes[name])
     for _, (kind, step), part in product(range(rounds), steps.items(), (1, 2)):
+        step(part)
         began = time.perf_counter()
         step(part)
         seconds[kind, part].append(time.perf_counter() - began)
-    whole, small = ({kind: float(np.median(seconds[kind, part][1:])) for kind in steps} for part in (1, 2))
+    whole, small = ({kind: float(np.median(seconds[kind, part])) for kind in steps} for part in (1, 2))
     shares = {name: (pixels(recipe) - 1 / 4) / (3 / 4) for name, recipe in recipes.items()}
     return {name: small[kind] + (whole[kind] - small[kind]) * shares[name] for name, kind in kinds.items()}
 

@@ -20,7 +20,7 @@ ORDER = [
     "training.launch",
     "inference.logits", "inference.ensemble", "inference.loader", "inference.predict",
     "evaluation.label_issues", "evaluation.scoring", "evaluation.evaluate",
-    "submission", "export", "pipeline",
+    "submission", "export", "preflight", "pipeline",
     "kaggle.credentials", "kaggle.client", "kaggle.upload", "kaggle.download", "kaggle.submit", "kaggle.inside",
     "kaggle.kernels", "kaggle.session", "doctor",
     "plots.style", "plots.overlays", "plots.explore", "plots.scores", "plots.training", "plots.browser", "plots.report",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import recipe
 
-from carvana import device, parallel, pipeline
+from carvana import device, parallel, preflight
 from carvana.errors import UserError
 from carvana.files import project_root
 from carvana.profiles import load_profile, with_defaults
@@ -43,14 +43,14 @@ def gpu(monkeypatch):
 def test_a_profile_for_a_gpu_runs_on_a_cpu_only_when_told_so(name):
     path = project_root() / "profiles" / f"{name}.yaml"
     with pytest.raises(UserError, match=r"device is cuda, but this machine has no such GPU\. Give `-p device cpu`"):
-        pipeline.check_inputs(with_defaults(load_profile(path)))
-    pipeline.check_inputs(with_defaults(load_profile(path, {"device": "cpu"})))
+        preflight.check_inputs(with_defaults(load_profile(path)))
+    preflight.check_inputs(with_defaults(load_profile(path, {"device": "cpu"})))
     assert device.use_device("cpu") == torch.device("cpu")
 
 
 def test_the_other_profiles_take_what_there_is():
     for name in ("demo", "cpu"):
-        pipeline.check_inputs(with_defaults(load_profile(project_root() / "profiles" / f"{name}.yaml")))
+        preflight.check_inputs(with_defaults(load_profile(project_root() / "profiles" / f"{name}.yaml")))
 
 
 @pytest.mark.parametrize(("cuda", "message"), [

@@ -2,10 +2,11 @@ import socket
 from importlib import metadata
 
 import pytest
+import torch
 from conftest import write_competition
 from fake_kaggle import KEY, USER, hide_credentials
 
-from carvana import cli, doctor, models
+from carvana import cli, device, doctor, models
 
 
 @pytest.fixture
@@ -16,6 +17,7 @@ def machine(monkeypatch, tmp_path):
         pytest.fail("the doctor contacts nobody")
 
     hide_credentials(monkeypatch, tmp_path)
+    monkeypatch.setenv(device.CHOICE, "auto")
     monkeypatch.setattr(doctor, "cores", lambda: 7)
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, connected)
@@ -109,6 +111,13 @@ def test_a_gpu_that_the_profile_wants_and_that_is_not_there_is_a_stop(machine, m
     assert "device is cuda, but" in seen and "-p device cpu" in seen
 
 
+def test_the_device_is_the_one_that_the_profile_wants(machine, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    machine.write_text(machine.read_text() + "device: cpu\n")
+    state, seen = lines(machine)["device"]
+    assert state == "note" and seen.startswith("cpu, precision")
+
+
 def test_outside_the_project_the_machine_is_looked_at_all_the_same(machine, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["doctor"]) == 0
@@ -120,8 +129,9 @@ def test_outside_the_project_the_machine_is_looked_at_all_the_same(machine, monk
 @pytest.mark.parametrize(("line", "message"), [
     ("encoder: nosuch", 'encoder "nosuch" is unknown'), ("arch: foo", 'arch "foo" is unknown'),
     ('decoder_channels: "a"', 'decoder_channels is "a"'), ("optimizer: foo", 'optimizer "foo" is unknown'),
+    ("crop_height: 256", "crop_height and crop_width are (256, 0)"), ("device: cpu\namp: fp16", "amp is fp16, which"),
 ])  # fmt: skip
-def test_a_network_that_nobody_knows_is_a_stop(machine, line, message):
+def test_what_03_would_refuse_of_a_profile_is_a_stop(machine, line, message):
     machine.write_text(f"{machine.read_text()}{line}\n")
     state, seen = lines(machine)["weights"]
     assert state == "STOP" and message in seen

@@ -91,6 +91,8 @@ def test_a_wrong_profile_is_refused_before_anything_runs(tmp_path, text, message
     ("encoder_weights: lost.pth", "lost.pth does not exist"),
     ("loss: dise", 'loss "dise" is unknown, did you mean "dice"'),
     ("schedule: cosin", 'schedule "cosin" is unknown, did you mean "cosine"'),
+    ("crop_height: 256", r"crop_height and crop_width are \(256, 0\)"),
+    ("amp: fp16", "amp is fp16, which needs a GPU"),
 ])  # fmt: skip
 def test_what_03_could_not_train_is_refused_before_01_downloads_anything(tmp_path, monkeypatch, text, message):
     monkeypatch.setattr(pipeline, "execute", None)

@@ -17,6 +17,7 @@ from carvana.files import project_root, resolve
 from carvana.kaggle.credentials import credentials_source, scrub
 from carvana.kaggle.inside import unfit_version
 from carvana.parallel import SHARED_MEMORY, cores
+from carvana.preflight import check_recipe
 from carvana.profiles import Values, load_profile, with_defaults
 
 CACHE, RESERVE = 2_500_000, 2 << 30  # bytes of disk for the samples of an image, and for all else of a run
@@ -83,12 +84,14 @@ def _packages() -> str:
 
 
 def _device(values: Values) -> str:
-    from carvana.device import best, check_device, precision  # torch takes seconds
+    from carvana.device import check_device, precision, use_device  # torch takes seconds
 
-    check_device(values.get("device", "auto"))
-    seen = f"{best()}, precision {precision('auto').replace('no', 'float32')}"
+    wanted = values.get("device", "auto")
+    check_device(wanted)  # before the other checks take it for chosen
+    device = use_device(wanted)
+    seen = f"{device}, precision {precision('auto').replace('no', 'float32')}"
     advice = "Real images take hours on it. Is there a GPU? Then look at its driver: nvidia-smi"
-    return _noted(seen, best().type == "cpu", advice)
+    return _noted(seen, device.type == "cpu", advice)
 
 
 def _memory() -> str:
@@ -139,13 +142,11 @@ def _data(values: Values) -> str:
 
 
 def _weights(values: Values) -> str:
-    from carvana import models
+    check_recipe(values)
+    from carvana.models import in_cache  # torch takes seconds
 
-    wanted, encoder, config = values["encoder_weights"], values["encoder"], models.ModelConfig.of(values)
-    models.check_names(config)
-    models.check_optimizer(values["optimizer"])
-    models.check_weights(config, wanted)
+    wanted, encoder = values["encoder_weights"], values["encoder"]
     if wanted != "imagenet":
         return wanted or "none needed"
-    there, advice = models.in_cache(encoder), "03_train fetches them; without internet give a file: encoder_weights"
+    there, advice = in_cache(encoder), "03_train fetches them; without internet give a file: encoder_weights"
     return _noted(f"imagenet of {encoder}, {'' if there else 'not '}cached", not there, advice)

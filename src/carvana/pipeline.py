@@ -23,7 +23,6 @@ from carvana.files import (
     fingerprint,
     locked,
     optional_path,
-    parse_list,
     project_root,
     read_json,
     resolve,
@@ -32,8 +31,9 @@ from carvana.files import (
     sweep,
 )
 from carvana.parallel import sharing, tame_allocator
+from carvana.preflight import check_inputs, members_of
 from carvana.profiles import Values, load_profile, notebook_path, parameters, with_defaults
-from carvana.run import EnsembleNote, Run, shared_checkpoints, shared_folds
+from carvana.run import EnsembleNote, Run
 
 PACKAGE = Path(__file__).parent
 
@@ -69,7 +69,7 @@ def steps(profile: Values) -> Iterator[Step]:
     values, defined = with_defaults(profile), parameters()
     competition = Competition(values["data_dir"], values["hq"])
     run = Run(values["runs_dir"], values["run_name"])
-    members = _members(values) or [run]
+    members = members_of(values) or [run]
     folds = range(values["n_folds"])
     submission = resolve(values["submissions_dir"]) / f"{run.name}.csv.gz"
     checkpoints = [member.checkpoint(fold) for member in members for fold in folds]
@@ -99,42 +99,6 @@ def steps(profile: Values) -> Iterator[Step]:
     kept = [run.pseudo_path] if values["pseudo_share"] else []
     yield step("05_predict", [*tests, *predicts_with], [submission, *kept], sealed=[submission])
     yield step("06_submit", [*tests, submission], [run.submission_path])
-
-
-def _members(values: Values) -> list[Run]:
-    return [Run(values["runs_dir"], name) for name in parse_list(values["members"])]
-
-
-def check_inputs(values: Values) -> None:
-    """UserError for anything that only a late step reads and that is not there, or cannot be used, now."""
-    run = Run(values["runs_dir"], values["run_name"])
-    needed = "exclude", "ensemble", "test_dir", "sample", "accelerate_config"
-    given = {name: resolve(values[name]) for name in needed if values[name]}
-    if values["init_from"]:
-        given["init_from"] = Run(run.runs_dir, values["init_from"]).folds_path
-    if values["pseudo_labels"]:
-        given["pseudo_labels"] = Run(run.runs_dir, values["pseudo_labels"]).pseudo_path
-    if given.get("ensemble") == run.ensemble_path:
-        del given["ensemble"]  # which 04 writes
-    for name, path in given.items():
-        members = read_json(path, EnsembleNote)["members"] if name == "ensemble" and path.exists() else []
-        lost = [file for file in (path, *(path.parent / member["path"] for member in members)) if not file.exists()]
-        if lost:
-            raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
-    if not run.folder.exists():  # a new run, before it downloads anything
-        from carvana import models  # torch takes seconds
-
-        config = models.ModelConfig.of(values)
-        models.check_names(config)
-        models.check_optimizer(values["optimizer"])
-        models.check_weights(config, values["encoder_weights"])
-    if values["device"] not in ("auto", "cpu"):
-        from carvana.device import check_device  # torch takes seconds
-
-        check_device(values["device"])
-    if others := [member for member in _members(values) if member.name != run.name]:
-        shared_folds(others)
-        shared_checkpoints(others)
 
 
 def run(profile: str | Path, overrides: dict[str, str] | None = None, hours: float = 0) -> list[str]:
