@@ -22,12 +22,12 @@ from recipe import step_costs, train_for
 from torch import nn
 from torch.nn import functional as F
 
+from carvana.classic_unet import ClassicUNet
 from carvana.data import Competition
 from carvana.data.folds import make_folds
 from carvana.data.images import Archive, mask_of, read_full_image
 from carvana.files import write_text
 from carvana.metrics import dice, mean_over_cars, pixel_counts, score_over_cars
-from carvana.models import ClassicUNet
 
 
 def main() -> None:

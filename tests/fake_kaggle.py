@@ -268,8 +268,8 @@ class Handler(BaseHTTPRequestHandler):
             for at in range(len(whole)):
                 self.wfile.write(whole[at : at + 1])
                 self.fake.stalled.wait(0.02)
-        elif fault == "as html":
-            self.answer(200, whole, "text/html")
+        elif fault.startswith("as "):
+            self.answer(200, whole, f"application/{fault[3:]}")
         elif fault == "expired":
             self.answer(403, b"<Error>Request has expired</Error>", "application/xml")
         elif fault == "short":  # no length, so the client cannot notice

@@ -15,7 +15,7 @@ from carvana.files import project_root
 ORDER = [
     "errors", "files", "profiles", "parallel", "device", "rle", "grid", "metrics",
     "data.images", "data.competition", "data.folds", "data.dataset", "data.statistics", "data.demo",
-    "run", "models", "tracking",
+    "run", "members", "classic_unet", "models", "tracking",
     "training.losses", "training.recipe", "training.state", "training.validation", "training.trainer",
     "training.launch",
     "inference.logits", "inference.ensemble", "inference.loader", "inference.predict",

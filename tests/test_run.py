@@ -9,7 +9,8 @@ import pytest
 
 from carvana.errors import UserError
 from carvana.inference import EnsembleSpec
-from carvana.run import Run, compare, shared_checkpoints, shared_folds
+from carvana.members import shared_checkpoints, shared_folds
+from carvana.run import Run, compare
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def whole(tmp_path):
 
 READERS = {
     "folds.csv": [Run.folds, Run.checkpoints, lambda run: shared_folds([run])],
-    "fold0/history.csv": [Run.histories, Run.training_minutes, lambda run: run.history(0)],
+    "fold0/history.csv": [Run.histories, Run.training_minutes],
     "scores.csv": [Run.scores, Run.out_of_fold_dice, lambda run: compare([run])],
     "quality.csv": [Run.quality],
     "ensemble.json": [lambda run: run.note("ensemble"), lambda run: EnsembleSpec.read(run.ensemble_path)],

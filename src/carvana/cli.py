@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +121,7 @@ def _submit(options: argparse.Namespace) -> None:
     from carvana.kaggle.submit import Entry, submit
     from carvana.submission import Expected
 
-    run_name = options.run_name or options.file.name.partition(".")[0]
+    run_name = options.run_name or re.sub(r"(\.csv)?(\.gz|\.zip)?$", "", options.file.name)
     entry = Entry(options.file, options.message, run_name, options.again)
     expected = Expected(options.sample, options.height, options.width)
     submit(entry, expected, resolve(options.submissions_dir), options.yes)
@@ -131,7 +133,7 @@ def _kernel_build(options: argparse.Namespace) -> None:
     user, wheels = options.user or credentials.username(), not options.no_wheels
     kernels.build(kernels.KernelPlan(options.profile, user, options.weights, options.python, wheels), options.folder)
     size = sum(path.stat().st_size for path in (options.folder / "dataset").iterdir()) / 1e6
-    print(f"{options.folder} is ready, {size:.0f} MB. Next: carvana kernel push {options.folder}")
+    print(f"{options.folder} is ready, {size:.0f} MB. Next: carvana kernel push {shlex.quote(str(options.folder))}")
 
 
 def _kernel_push(options: argparse.Namespace) -> None:
@@ -143,9 +145,8 @@ def _kernel_push(options: argparse.Namespace) -> None:
     from carvana.kaggle.kernels import push
 
     kernel = push(options.folder, options.resume)
-    name = kernel.rpartition("/")[0]
     print(f"{kernel} runs on Kaggle. Follow it and fetch its files with:")
-    print(f"  carvana kernel push {options.folder} --wait\nor: kaggle kernels output {name} -p output")
+    print(f"  carvana kernel push {shlex.quote(str(options.folder))} --wait")
 
 
 def _ledger(options: argparse.Namespace) -> None:

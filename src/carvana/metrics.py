@@ -22,7 +22,7 @@ class PixelCounts(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its 95 % interval."""
+    """A mean and the ends of its interval, 95 % where nothing else is said."""
 
     mean: float
     low: float

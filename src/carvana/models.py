@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from timm.optim import list_optimizers
 from torch import nn
 
+from carvana.classic_unet import ClassicUNet
 from carvana.errors import UserError, did_you_mean
 from carvana.files import atomic, resolve
 from carvana.grid import STRIDE
@@ -127,10 +128,11 @@ def check_names(config: ModelConfig) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """UserError, with the nearest name, for an optimiser that timm does not know."""
-    known = list_optimizers(exclude_filters=["adahessian", "fused*", "bnb*"])  # need more than a gradient or timm
+    """UserError, with the nearest name, for an optimiser that timm does not have, or that needs more than gradients."""
+    known = list_optimizers(exclude_filters=["adahessian", "fused*", "bnb*"])
     if name not in known:
-        raise UserError(f'optimizer "{name}" is unknown{did_you_mean(name, known)} Any name of timm will do.')
+        hint = did_you_mean(name, known)
+        raise UserError(f'optimizer "{name}" is unknown{hint} Take one of timm that needs gradients alone.')
 
 
 def _channels(text: str) -> tuple[int, ...]:
@@ -154,6 +156,7 @@ def load_encoder(model: SegmentationModel, weights: str | Path | None) -> str:
     """
     if not weights:
         return "Encoder weights: random."
+    check_weights(model.config, str(weights))
     encoder, name = model.net.get_submodule("encoder"), model.config.encoder
     state = encoder.state_dict()
     given = _hub_weights(name) if weights == "imagenet" else _read_weights(resolve(weights))
@@ -266,35 +269,3 @@ def load_checkpoint(path: Path) -> tuple[SegmentationModel, dict[str, Any]]:
     except Exception as error:  # damaged files raise one of many
         reason = str(error).partition("\n")[0]
         raise UserError(f"checkpoint {path} cannot be read: {reason}. Delete it and train its fold anew.") from error
-
-
-class ClassicUNet(nn.Module):
-    """The original U-Net with about 31.0 M parameters: (B, 3, H, W) -> (B, 1, H, W) logits.
-
-    Source: Ronneberger, Fischer, Brox 2015 (arXiv 1505.04597), with padding, and batch normalisation for higher rates.
-    """
-
-    def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512, 1024)):
-        super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.down = nn.ModuleList([_double(3, widths[0]), *(_double(fine, deep) for fine, deep in pairs)])
-        self.up = nn.ModuleList(nn.ConvTranspose2d(deep, fine, 2, 2) for fine, deep in reversed(pairs))
-        self.merge = nn.ModuleList(_double(deep, fine) for fine, deep in reversed(pairs))
-        self.head = nn.Conv2d(widths[0], 1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Down with the finer maps kept, then up with each of them joined again."""
-        kept = [self.down[0](x)]
-        for block in self.down[1:]:
-            kept.append(block(nn.functional.max_pool2d(kept[-1], 2)))
-        x = kept.pop()
-        for enlarge, block in zip(self.up, self.merge, strict=True):
-            x = block(torch.cat([kept.pop(), enlarge(x)], 1))
-        return self.head(x)
-
-
-def _double(inputs: int, outputs: int) -> nn.Sequential:
-    layers = []
-    for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(True)]
-    return nn.Sequential(*layers)

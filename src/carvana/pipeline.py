@@ -24,16 +24,16 @@ from carvana.files import (
     locked,
     optional_path,
     project_root,
-    read_json,
     resolve,
     sha256,
     stamp,
     sweep,
 )
+from carvana.members import members_of
 from carvana.parallel import sharing, tame_allocator
-from carvana.preflight import check_inputs, members_of
+from carvana.preflight import check_inputs
 from carvana.profiles import Values, load_profile, notebook_path, parameters, with_defaults
-from carvana.run import EnsembleNote, Run
+from carvana.run import Run, member_paths
 
 PACKAGE = Path(__file__).parent
 
@@ -76,7 +76,7 @@ def steps(profile: Values) -> Iterator[Step]:
     ensemble = optional_path(values["ensemble"]) or run.ensemble_path
     predicts_with = [ensemble, *checkpoints]
     if values["ensemble"] and ensemble.exists():
-        predicts_with += [ensemble.parent / member["path"] for member in read_json(ensemble, EnsembleNote)["members"]]
+        predicts_with += member_paths(ensemble)
     tests = [resolve(values["test_dir"])] if values["test_dir"] else competition.test_files
     tests = [competition.folder, *tests, *([resolve(values["sample"])] if values["sample"] else [])]
     samples = [*competition.training_files, *([resolve(values["exclude"])] if values["exclude"] else [])]

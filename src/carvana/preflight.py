@@ -1,9 +1,10 @@
 """What can be known to be wrong with a run before it starts; imports torch only where it must be asked."""
 
 from carvana.errors import UserError
-from carvana.files import parse_list, read_json, resolve
+from carvana.files import resolve
+from carvana.members import members_of, shared_checkpoints, shared_folds
 from carvana.profiles import Values
-from carvana.run import EnsembleNote, Run, shared_checkpoints, shared_folds
+from carvana.run import Run, member_paths
 
 
 def check_inputs(values: Values) -> None:
@@ -18,8 +19,8 @@ def check_inputs(values: Values) -> None:
     if given.get("ensemble") == run.ensemble_path:
         del given["ensemble"]  # which 04 writes
     for name, path in given.items():
-        members = read_json(path, EnsembleNote)["members"] if name == "ensemble" and path.exists() else []
-        lost = [file for file in (path, *(path.parent / member["path"] for member in members)) if not file.exists()]
+        members = member_paths(path) if name == "ensemble" and path.exists() else []
+        lost = [file for file in (path, *members) if not file.exists()]
         if lost:
             raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
     if values["device"] not in ("auto", "cpu"):
@@ -40,8 +41,3 @@ def check_recipe(values: Values) -> None:
 
     recipe = Recipe.from_parameters(values)
     check_weights(recipe.model_config, recipe.encoder_weights)
-
-
-def members_of(values: Values) -> list[Run]:
-    """The runs that the parameter `members` names."""
-    return [Run(values["runs_dir"], name) for name in parse_list(values["members"])]

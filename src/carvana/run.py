@@ -21,6 +21,7 @@ from carvana.parallel import cores
 from carvana.profiles import NAME, TTA, check
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "accelerate", "albumentations", "numpy", "simplejpeg")
+FOLDS, ENSEMBLE = "folds.csv", "ensemble.json"
 TYPES = {  # of columns of a run's tables; what is not named here may hold anything
     **dict.fromkeys(("img", "car", "exclude", "test_dir", "key"), str),
     **dict.fromkeys(("fold", "view", "epoch", *ERROR_PARTS, "disputed", "crc32"), int),
@@ -75,10 +76,10 @@ class Run:
         self.pseudo_path = self.folder / "pseudo" / "labels.csv"  # of the PNGs beside it
         self.evaluation_dir = self.folder / "evaluation"  # of its trackers
         self.worst_dir = self.folder / "figures" / "worst"
-        self.folds_path = self.folder / "folds.csv"
+        self.folds_path = self.folder / FOLDS
         self.scores_path = self.folder / "scores.csv"
         self.quality_path = self.folder / "quality.csv"
-        self.ensemble_path = self.folder / "ensemble.json"
+        self.ensemble_path = self.folder / ENSEMBLE
         self.submission_path = self.folder / "submission.json"
         self.report_path = self.folder / "report.html"
 
@@ -150,16 +151,11 @@ class Run:
             raise UserError(f"{path} does not exist. Train with 03_train first, or correct run_name or runs_dir.")
         return read_csv(path, "car", "fold")
 
-    def history(self, fold: int) -> pd.DataFrame:
-        """A row a validation of a fold."""
-        return read_csv(self.fold_dir(fold) / "history.csv", "epoch", "dice")
-
     def histories(self) -> dict[str, pd.DataFrame]:
         """Histories by "0", "1", ...; where the run only blends others, those of its members, by "RUN/0", ..."""
         folders = list(self._fold_dirs().values())
         if not folders and self.ensemble_path.exists():
-            members = read_json(self.ensemble_path, EnsembleNote)["members"]
-            folders = [(self.folder / member["path"]).resolve().parent for member in members]
+            folders = [path.parent for path in member_paths(self.ensemble_path)]
         histories = {}
         for path in (folder / "history.csv" for folder in folders):
             if path.exists():
@@ -167,6 +163,14 @@ class Run:
                 prefix = "" if path.parent.parent == self.folder else f"{path.parent.parent.name}/"
                 histories[prefix + path.parent.name.removeprefix("fold")] = history
         return dict(sorted(histories.items(), key=lambda item: (len(item[0]), item[0])))
+
+    def cars_behind_soft_masks(self) -> set[str]:
+        """Cars that the networks which made the run's soft masks have learnt from, as far as their runs are there."""
+        note = self.pseudo_path.with_name(ENSEMBLE)
+        folders = {path.parents[1] for path in member_paths(note)} if note.exists() else set()
+        runs = [Run(folder.parent, folder.name) for folder in folders if (folder / FOLDS).exists()]
+        runs = runs or [self] * self.folds_path.exists()
+        return {car for run in runs for car in run.folds().query("fold >= 0")["car"]}
 
     def training_minutes(self) -> float:
         """Minutes that the run's own folds were trained, all together."""
@@ -233,6 +237,12 @@ class Run:
             yield f"true Dice {submission['true_dice']:.6f}"
 
 
+def member_paths(ensemble: Path) -> list[Path]:
+    """The checkpoints of an ensemble.json, there or not; UserError where it is missing or damaged."""
+    members = read_json(ensemble, EnsembleNote)["members"]
+    return [(ensemble.parent / member["path"]).resolve() for member in members]
+
+
 def read_csv(path: Path, *needed: str) -> pd.DataFrame:
     """A table with the columns `needed`; UserError where it is missing or damaged, or cells are not of their TYPES."""
     ours = "exclude" not in needed  # to the other one people may add rows
@@ -258,25 +268,6 @@ def _commit() -> str | None:
         return None
     git = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def shared_folds(runs: list[Run]) -> pd.DataFrame:
-    """Table car, fold that all runs share; UserError where one has other folds."""
-    folds = runs[0].folds()
-    for run in runs[1:]:
-        if not run.folds().equals(folds):
-            raise UserError(
-                f"members: {run.folder} has other folds than {runs[0].folder}, so a blend would score cars that it has "
-                "seen. Train them with the same n_folds, holdout_cars and seed."
-            )
-    return folds
-
-
-def shared_checkpoints(runs: list[Run]) -> dict[int, list[Path]]:
-    """Best checkpoints of the folds that all runs have trained, by fold, in the order of the runs."""
-    by_run = [run.checkpoints() for run in runs]
-    shared = sorted(set.intersection(*(set(by_fold) for by_fold in by_run)))
-    return {fold: [by_fold[fold] for by_fold in by_run] for fold in shared}
 
 
 def compare(runs: list[Run]) -> pd.DataFrame:

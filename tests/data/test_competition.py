@@ -44,6 +44,15 @@ def test_zips_give_the_same_samples_and_images_as_folders(competition, shared_co
         assert packed.read(packed.names[0]) == plain.read(plain.names[0])
 
 
+def test_what_is_missing_is_to_be_fetched_given_or_drawn_anew(competition):
+    shutil.rmtree(competition / "test")
+    with pytest.raises(UserError, match=r"carvana download --data-dir \S+ --files test.zip; for images of your own"):
+        Competition(competition).test()
+    (competition / "demo.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds neither test/ nor test.zip. Run 01_download, as with the profile"):
+        Competition(competition).test()
+
+
 def test_gifs_stand_in_for_a_missing_csv(competition, shared_competition):
     (competition / "train_masks.csv").unlink()
     assert Competition(competition).samples.equals(Competition(shared_competition).samples)

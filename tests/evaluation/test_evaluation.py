@@ -77,7 +77,7 @@ def test_images_are_predicted_again_by_the_networks_that_scored_them(shared_comp
 def test_training_reports_the_dice_that_evaluation_finds(shared_competition, runs):
     scores = evaluate(shared_competition, runs[:1]).scores
     dice = scores[scores["fold"] == 1]["dice:without hflip"].mean()
-    assert dice == pytest.approx(runs[0].history(1)["dice"].max(), abs=1e-3)
+    assert dice == pytest.approx(runs[0].histories()["1"]["dice"].max(), abs=1e-3)
 
 
 def test_gains_are_the_mean_differences_to_each_simpler_variant(scores):

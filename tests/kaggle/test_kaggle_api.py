@@ -1,5 +1,6 @@
 import base64
 import builtins
+import errno
 import json
 import socket
 import sys
@@ -10,7 +11,7 @@ import pytest
 import requests
 from fake_kaggle import KEY, USER, hide_credentials, refused
 
-from carvana.kaggle import client, download
+from carvana.kaggle import client, credentials, download
 
 
 def test_the_net_holds(fake):
@@ -69,9 +70,23 @@ def test_a_key_that_others_can_read_is_warned_of_without_being_shown(fake, monke
     path.chmod(0o644)
     client.sign_in()
     assert capfd.readouterr().out == f"Warning: others on this machine can read {path}. Close it: chmod 600 {path}\n"
+    client.sign_in()
+    assert capfd.readouterr().out == ""  # once is enough
     path.chmod(0o600)
+    credentials.warn_if_open.cache_clear()
     client.sign_in()
     assert capfd.readouterr().out == ""
+
+
+def test_a_home_that_may_not_be_looked_into_holds_no_credentials(monkeypatch, tmp_path):
+    def forbidden(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    hide_credentials(monkeypatch, tmp_path)
+    with monkeypatch.context() as patched:
+        for name in ("is_file", "exists", "read_text"):
+            patched.setattr(Path, name, forbidden)
+        refused("No Kaggle credentials", credentials.credentials_source)
 
 
 def test_a_token_that_kaggle_does_not_take(fake, monkeypatch):

@@ -44,6 +44,15 @@ def test_download_then_skip(fake, data):
     assert fake.calls("storage") == 6
 
 
+def test_what_was_unpacked_is_not_fetched_and_this_is_said(fake, data, capfd):
+    download.download(data)
+    (data / "test.zip").unlink()
+    (data / "test").mkdir()
+    download.download(data)
+    assert f"{data}: unpacked, so not fetched: test.zip. To have one again: --files NAME" in capfd.readouterr().out
+    assert not (data / "test.zip").exists()
+
+
 def test_what_was_put_there_by_hand_is_kept_if_sound_and_replaced_if_not(fake, data):
     data.mkdir()
     (data / "train.zip").write_bytes(fake.files["train.zip"])

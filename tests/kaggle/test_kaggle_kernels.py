@@ -131,7 +131,6 @@ def test_push_makes_the_dataset_then_the_kernel(fake, built, capfd):
     assert cli.main(["kernel", "push", str(built)]) == 0
     shown = capfd.readouterr().out
     assert f"{SLUG}/1 runs on Kaggle" in shown
-    assert f"kaggle kernels output {SLUG}" in shown
     assert f"carvana kernel push {built} --wait" in shown
     assert fake.uploaded == [(built / "dataset" / "suite.zip").read_bytes()]
     assert (fake.dataset["slug"], fake.dataset["isPrivate"]) == ("carvana-tiny-suite", True)
@@ -167,6 +166,11 @@ def test_a_second_push_makes_new_versions_and_can_go_on_from_the_output(fake, bu
             {"SaveKernel": ["stored:502"]},
             {},
             f"answer was lost.*A kernel may run. Look at {kernels.CODE}/{SLUG} before",
+        ),
+        (
+            {"CreateDatasetVersion": ["stored:drop"]},
+            {},
+            f"answer was lost.*Its files may be there. Look at https://www.kaggle.com/datasets/{SLUG}-suite before",
         ),
         ({}, {"error": "GPU quota exceeded"}, "GPU quota exceeded. Wait until the limit ends"),
         ({}, {"invalidDatasetSources": ["a/b"]}, f"It runs without: stop it at {kernels.CODE}/{SLUG}"),

@@ -68,12 +68,28 @@ def test_an_interrupted_wait_is_taken_up_without_a_second_session(fake, built, t
     assert fake.calls("SaveKernel") == 2
 
 
-def test_what_a_plain_push_has_started_is_followed_also_when_it_has_ended(fake, built, tmp_path):
-    fake.sessions = ["COMPLETE"]
+def test_what_a_plain_push_has_started_is_followed_also_when_it_has_ended(fake, built, tmp_path, capfd):
+    fake.sessions, fake.output["runs/tiny/.lock"] = ["COMPLETE"], b""
     assert cli.main(["kernel", "push", str(built)]) == 0
     assert wait(built, tmp_path / "runs") == 0
+    shown = capfd.readouterr().out
+    assert "The output of the last push has not been fetched: it comes first, nothing new is started" in shown
+    assert "left out" not in shown
     assert fake.calls("SaveKernel") == 1
     assert (tmp_path / "runs" / "tiny" / "scores.csv").exists()
+
+
+def test_a_version_that_kaggle_does_not_say_is_the_last_one(fake, built, tmp_path):
+    fake.verdict = {"versionNumber": 0}
+    assert wait(built, tmp_path / "runs") == 0
+    asked = [json.loads(request.body) for request in fake.requests if request.name == "GetKernelSessionStatus"]
+    assert asked[-1] == {"userName": USER, "kernelSlug": "carvana-tiny"}
+
+
+def test_what_is_to_be_typed_next_can_be_copied(fake, built, tmp_path, capfd):
+    runs = tmp_path / "my runs"
+    assert wait(built, runs) == 0
+    assert f"Next: carvana submit '{runs}/tiny/tiny.csv.gz' -m" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("state", ["queued", "", "newScript"])
@@ -162,7 +178,7 @@ def test_half_a_file_never_gets_its_name(fake, built, tmp_path, monkeypatch):
     assert files(tmp_path / "runs").keys() == {"tiny/.kaggle", "tiny/x.bin"}
     assert (tmp_path / "runs" / "tiny" / "x.bin").read_bytes() == bytes(3000)
     monkeypatch.setattr(client, "LONGEST_ANSWER", (2000, 120))
-    report = bytes(5000)
-    fake.output, fake.faults["storage"] = {"runs/tiny/report.html": report}, ["as html"]  # here a page is the file
-    assert wait(built, tmp_path / "runs") == 0
-    assert (tmp_path / "runs" / "tiny" / "report.html").read_bytes() == report
+    for kind in ("html", "json"):  # here a page is the file
+        fake.output, fake.faults["storage"] = {f"runs/tiny/report.{kind}": bytes(5000)}, [f"as {kind}"]
+        assert wait(built, tmp_path / "runs") == 0
+        assert (tmp_path / "runs" / "tiny" / f"report.{kind}").read_bytes() == bytes(5000)

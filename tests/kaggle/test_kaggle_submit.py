@@ -359,6 +359,42 @@ def test_a_file_that_is_replaced_while_it_is_uploaded_is_not_sent_as_a_mix(fake,
     assert fake.uploaded == []
 
 
+def test_a_file_that_is_replaced_while_it_is_checked_is_not_submitted(fake, sub, monkeypatch):
+    def slow(path, expected):
+        validation = validate(path, expected)
+        path.write_text("img,rle_mask\na.jpg,broken\n")
+        return validation
+
+    validate = submit.validate
+    monkeypatch.setattr(submit, "validate", slow)
+    refused("ours.csv was replaced while it was checked, and is not submitted", submit.submit, **sub)
+    assert fake.calls("CreateSubmission") == 0
+
+
+@pytest.mark.parametrize(("file", "run"), [("v1.2.csv.gz", "v1.2"), ("a.csv", "a")])
+def test_the_run_of_a_file_is_its_name_with_all_its_dots(fake, sub, file, run):
+    path, expected = sub["entry"].path.with_name(file), sub["expected"]
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as out:
+        out.write(sub["entry"].path.read_text())
+    places = ["--submissions-dir", str(sub["submissions_dir"]), "--sample", str(expected.sample)]
+    sizes = ["--height", str(expected.height), "--width", str(expected.width)]
+    assert cli.main(["submit", str(path), "-m", "x", "--yes", *places, *sizes]) == 0
+    assert ledger(sub)[0]["run"] == run
+
+
+def test_a_row_of_another_tool_or_of_a_damaged_run_hides_no_other(fake, sub, tmp_path, capfd):
+    submit.submit(**sub | {"entry": replace(sub["entry"], run_name="best,v2")})
+    damaged = tmp_path / "runs" / "r2" / "scores.csv"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("img\n")
+    sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3\nb.jpg,1 11\n")
+    submit.submit(**sub | {"entry": replace(sub["entry"], run_name="r2")})
+    places = ["--submissions-dir", str(sub["submissions_dir"]), "--runs-dir", str(tmp_path / "runs")]
+    assert cli.main(["ledger", *places, "--offline"]) == 0
+    shown = capfd.readouterr().out
+    assert "best,v2" in shown and "r2" in shown
+
+
 def test_a_file_that_is_replaced_while_a_person_confirms_is_not_submitted(fake, sub, monkeypatch):
     def confirm(_):
         sub["entry"].path.write_text("img,rle_mask\na.jpg,2 3 1\nb.jpg,1 11\n")

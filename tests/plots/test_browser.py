@@ -1,5 +1,6 @@
 """The browser shows what its controls say, checked on its pixels, without a front end."""
 
+import shutil
 import time
 
 import numpy as np
@@ -152,6 +153,13 @@ def test_cars_of_a_fold_that_is_not_trained_are_left_out(runs, shared_competitio
     shown = browser.browse(Competition(shared_competition), tmp_path)
     assert list(shown.car.options) == CARS[:2]
     assert "scores.csv" not in shown.caption.value
+
+
+def test_what_is_wrong_with_another_run_stops_no_look_at_this_one(runs, shared_competition, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    shutil.copytree(runs / "a", tmp_path / "old")
+    (tmp_path / "old" / "folds.csv").write_text("car,fold\nx,\n")
+    assert list(browser.browse(Competition(shared_competition), tmp_path, "a").run.options) == ["a"]
 
 
 def test_a_folder_without_a_trained_run_and_an_unknown_run_are_refused(runs, shared_competition, tmp_path):

@@ -151,6 +151,7 @@ def test_soft_masks_are_the_probabilities_of_the_ensemble_at_network_size(shared
     assert table["img"].tolist() == images.names and (table["unsure"] == 0.5).all()
     assert sorted(path.name for path in index.parent.iterdir()) == [
         *(f"{name}.png" for name in images.names),
+        "ensemble.json",
         index.name,
     ]
 
@@ -290,6 +291,21 @@ def test_a_teacher_that_has_learnt_from_cars_that_are_held_out_is_refused(shared
     teacher.folds_path.unlink()
     teacher.split(samples, 2, 1, 1)
     assert trainer_of(shared_competition, runs / "student", holdout_cars=1, **LEARNS).pseudo_names
+
+
+def test_soft_masks_of_a_blend_come_from_all_that_its_members_have_learnt_from(shared_competition, members, tmp_path):
+    samples, blend = Competition(shared_competition).samples, Run(tmp_path, "teacher")
+    for name, held_out in (("a", 0), ("b", 1)):
+        member = Run(tmp_path, name)
+        member.split(samples, 2, held_out, 1)
+        member.fold_dir(0).mkdir()
+        shutil.copy(members[0], member.checkpoint(0))
+    keep(shared_competition, blend, equal([Run(tmp_path, name).checkpoint(0) for name in "ab"]))
+    with pytest.raises(UserError, match="teacher has learnt from cars that this run holds out"):
+        trainer_of(shared_competition, tmp_path / "student", holdout_cars=1, **LEARNS)
+    shutil.rmtree(blend.folder)
+    keep(shared_competition, blend, equal([Run(tmp_path, "b").checkpoint(0)]))
+    assert trainer_of(shared_competition, tmp_path / "student", holdout_cars=1, **LEARNS).pseudo_names
 
 
 def test_images_of_any_folder_are_learnt_from(shared_competition, members, tmp_path):

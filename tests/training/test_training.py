@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import RECIPE, begun, recipe, trainer_of
 from safetensors.torch import load_file, save_file
 
@@ -227,6 +228,46 @@ def test_accumulated_steps_leave_the_same_moving_average_as_whole_ones(monkeypat
         averages.append(state.network.state_dict())
     for name, tensor in averages[0].items():
         torch.testing.assert_close(averages[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_fold_goes_on_on_a_device_of_another_make_and_precision(tmp_path, monkeypatch):
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    begun = TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")
+    begun.train_step(images, images[..., 0])
+    begun.save()
+    contents = torch.load(begun.path, weights_only=True)
+    torch.save(contents | {"cuda_random": torch.zeros(16, dtype=torch.uint8)}, begun.path)  # another make's has 44
+
+    class Scaled(Accelerator):  # as with fp16, which the device that began did not need
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    monkeypatch.setattr("carvana.training.state.Accelerator", Scaled)
+    resumed = TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")
+    assert (resumed.step, resumed.accelerator.scaler.get_scale()) == (1, 8.0)
+
+
+def test_the_random_state_of_a_gpu_is_kept_by_its_make(tmp_path, monkeypatch):
+    taken = []
+    random = SimpleNamespace(get_rng_state=lambda: torch.ones(44, dtype=torch.uint8), set_rng_state=taken.append)
+    begun = TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: random)
+    monkeypatch.setattr(begun, "device", SimpleNamespace(type="mps"))
+    begun.save()
+    for make, count in (("mps", 1), ("cuda", 1)):  # what one make has left is nothing to the other
+        monkeypatch.setattr(begun, "device", SimpleNamespace(type=make))
+        begun.resume()
+        assert len(taken) == count
+
+
+def test_weights_for_a_network_without_an_encoder_are_one_line_at_step_0_too(tmp_path, monkeypatch):
+    narrow = partial(models.ClassicUNet, (4, 8, 16, 32, 64))
+    monkeypatch.setattr(models, "ClassicUNet", narrow)
+    classic = {"arch": "classic_unet", "encoder": "", "decoder_channels": "", "height": 32, "width": 32}
+    TrainState(recipe(**classic), 0, 4, "data", tmp_path / "state.pt").save()
+    with pytest.raises(UserError, match="classic_unet has no encoder to load"):
+        TrainState(recipe(**classic, encoder_weights="imagenet"), 0, 4, "data", tmp_path / "state.pt")
 
 
 def test_the_untrained_network_is_scored_on_every_view(shared_competition, tmp_path):

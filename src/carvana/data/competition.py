@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import shlex
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -149,8 +150,11 @@ class Competition:
             raise UserError(f"data_dir {self.folder} does not exist. Run 01_download, or give the folder of the data.")
         path, packed = self._path(name), self.folder / f"{name}.zip"
         if not path:
-            advice = f"Fetch it: carvana download --data-dir {self.folder} --files {packed.name}"
-            advice = advice if self.has_train_images else "Run 01_download."
+            folder = shlex.quote(str(self.folder))
+            advice = f"Fetch Carvana's: carvana download --data-dir {folder} --files {packed.name}"
+            advice = f"{advice}; for images of your own give test_dir." if name.startswith("test") else f"{advice}."
+            if not self.has_train_images or (self.folder / "demo.json").exists():
+                advice = "Run 01_download, as with the profile that made it."
             raise UserError(f"data_dir {self.folder} holds neither {name}/ nor {packed.name}. {advice}")
         files, whole = Archive(path, suffix), {}
         if path != packed and packed.exists():

@@ -17,7 +17,8 @@ from carvana.evaluation.scoring import Evaluation, FoldScorer
 from carvana.files import write_text
 from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.predict import predict_probabilities
-from carvana.run import Run, shared_checkpoints, shared_folds
+from carvana.members import shared_checkpoints, shared_folds
+from carvana.run import Run
 from carvana.tracking import Point, Tracking
 
 

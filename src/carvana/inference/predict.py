@@ -32,7 +32,7 @@ from carvana.inference.ensemble import Ensemble, EnsembleSpec
 from carvana.inference.loader import UNDECODED, InferenceDataset, in_batches, predict_batches
 from carvana.inference.logits import BlendedLogits, blend
 from carvana.parallel import ALONE, Processes, exit_code, launch, overlapped, progress
-from carvana.run import read_csv
+from carvana.run import ENSEMBLE, read_csv
 
 SHARD_SIZE = 512  # images a shard: half a minute on a GPU, minutes on a CPU
 
@@ -209,6 +209,7 @@ def keep_soft_masks(ensemble: Ensemble, images: Archive, labels: pd.DataFrame, i
                     file.write(png)
                 crcs.append(zlib.crc32(png, zlib.crc32(images.read(test.names[row])) ^ n))
                 bar.update()
+        ensemble.spec.write(index.with_name(ENSEMBLE))  # whose cars must not be held out by who learns from them
         write_text(index, labels.assign(crc32=crcs).to_csv(index=False))
 
 

@@ -69,7 +69,7 @@ def patched_http(**headers: str) -> Iterator[None]:
         if request.method == "GET":
             request.headers.update(headers)
         response = send(adapter, request, **{**options, "timeout": TIMEOUT})
-        answer = "json" in response.headers.get("Content-Type", "")  # not html: a report may be a file
+        answer = request.method != "GET" and "json" in response.headers.get("Content-Type", "")  # files come by GET
         if answer or not options.get("stream") or response.status_code >= 300:
             _read(response)
         return response
@@ -92,9 +92,6 @@ def _read(response: requests.Response) -> None:
 def paced(response: requests.Response, name: str) -> Iterator[bytes]:
     """The body of a file, as it comes; UserError where it comes too slowly ever to end."""
     since, size = time.monotonic(), 0
-    if response._content_consumed:  # type: ignore[attr-defined]  # a page, which `patched_http` has read
-        yield response.content
-        return
     try:
         while piece := response.raw.read1(PIECE, decode_content=True):
             yield piece

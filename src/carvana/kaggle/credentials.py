@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -63,7 +64,7 @@ def _key_source() -> str | None:
         _checked(f"{stored['username']}{key or stored['key']}", str(path))
         return str(path)
     oauth = HOME.expanduser() / "credentials.json"
-    return str(oauth) if oauth.is_file() else None
+    return str(oauth) if os.path.isfile(oauth) else None  # noqa: PTH113 (no error without rights)
 
 
 def _variable(name: str) -> str:
@@ -102,6 +103,7 @@ def _stored_key(path: Path) -> dict[str, Any]:
     return stored
 
 
+@functools.cache  # once, however often the client signs in
 def warn_if_open(path: Path) -> None:
     """Tell of a key file that others on the machine can read."""
     if path.is_file() and path.stat().st_mode & 0o077:

@@ -43,7 +43,10 @@ def download(data_dir: str | Path, files: list[str] | None = None, hq: bool = Fa
     """
     data_dir, kind = Path(data_dir), "_hq" if hq else ""
     usual = [f"train{kind}.zip", *TABLES, f"test{kind}.zip"]  # but what somebody has unpacked, and then deleted
-    wanted = files or [name for name in usual if not (data_dir / name.removesuffix(".zip")).exists()]
+    unpacked = [] if files else [name for name in usual if (data_dir / name.removesuffix(".zip")).exists()]
+    wanted = files or [name for name in usual if name not in unpacked]
+    if unpacked:
+        print(f"{data_dir}: unpacked, so not fetched: {', '.join(unpacked)}. To have one again: --files NAME")
     if {*wanted} <= {*_manifest(data_dir)}:  # no account is needed to find that nothing is missing
         return [data_dir / name for name in wanted]
     need_space(data_dir)

@@ -37,15 +37,19 @@ def install(suite: Path, dataset: Path) -> list[str]:
     if spoilt := [wanted for wanted in lacking if Requirement(wanted).name in imported]:
         reason = "another version is imported already, and replacing it would break this session"
         raise UserError(f"{', '.join(spoilt)}: {reason}. Choose another image (Settings, Environment).")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    command += ["--find-links", str(dataset)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+    command += ["--no-deps", "--find-links", str(dataset)]
     if lacking:
         ended = subprocess.run([*command, *lacking], capture_output=True, text=True, check=False)
         if ended.returncode:
-            reason = ended.stderr.strip().splitlines()[-1]
             advice = "Build with the --python of Kaggle, or choose another image (Settings, Environment)."
-            raise UserError(f"{', '.join(lacking)} cannot be installed: {reason}. {advice}")
+            raise UserError(f"{', '.join(lacking)} cannot be installed: {last_line(ended.stderr)}. {advice}")
     return lacking
+
+
+def last_line(text: str) -> str:
+    """What a program said at its end."""
+    return ([line for line in text.splitlines() if line.strip()] or ["it was killed"])[-1]
 
 
 def unfit_version(need: Requirement) -> str | None:

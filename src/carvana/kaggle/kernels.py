@@ -20,7 +20,7 @@ from carvana.errors import UserError
 from carvana.files import atomic, need_space, optional_path, project_root, read_json, write_json, write_text
 from carvana.kaggle.client import COMPETITION, LostAnswerError, call, once, remedy, sign_in, status_of, with_retries
 from carvana.kaggle.credentials import scrub
-from carvana.kaggle.inside import requirements
+from carvana.kaggle.inside import last_line, requirements
 from carvana.kaggle.upload import Upload
 from carvana.profiles import load_profile, with_defaults
 
@@ -30,6 +30,7 @@ POLL, LOOKS = 5, 120  # seconds between two looks at a dataset that is not ready
 SETTLING = 6  # looks at a new version for as long as Kaggle may still tell of the old one
 NOTE = "session.json"  # beside the kernel: what `push --wait` follows
 CODE = "https://www.kaggle.com/code"
+MAY_BE_THERE = "Its files may be there. Look at https://www.kaggle.com/datasets"
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,17 @@ def _write_suite(path: Path, profile: Path) -> None:
 def _fetch_wheels(folder: Path, python: str) -> None:
     wanted = requirements(project_root() / "requirements.txt")
     wheels = [str(requirement) for requirement in wanted if requirement.name in LACKING]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--python-version", python, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--python-version", python, "--dest", str(folder)]
     for platform in PLATFORMS:
         command += ["--platform", platform]
     ended = subprocess.run([*command, *wheels], capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise UserError(f"wheels for Python {python} could not be fetched: {ended.stderr.splitlines()[-1]}")
+        raise UserError(f"wheels for Python {python} could not be fetched: {last_line(ended.stderr)}")
 
 
 def push(folder: str | Path, resume: bool = False) -> str:
-    """Bring dataset and kernel of `build` to Kaggle and start the kernel; returns its id with the version.
+    """Bring dataset and kernel of `build` to Kaggle and start the kernel; returns its id and version.
 
     resume: attach the output of the kernel's last version, so that the run goes on. UserError where Kaggle refuses
     anything, also where its client would not say so.
@@ -141,7 +142,7 @@ def push(folder: str | Path, resume: bool = False) -> str:
     if running(folder):
         raise UserError(f"{kernel['id']} runs on Kaggle already. Add --wait, or stop it at {CODE}/{kernel['id']}.")
     _push_dataset(api, folder / "dataset")
-    answer = _once(kernel["id"], api.kernels_push, str(path.parent))
+    answer = _once(kernel["id"], f"A kernel may run. Look at {CODE}", api.kernels_push, str(path.parent))
     kinds = "dataset", "competition", "kernel", "model"
     invalid = {kind: getattr(answer, f"invalid_{kind}_sources") for kind in kinds}
     refused = [f"{kind} {', '.join(names)} is unknown to it" for kind, names in invalid.items() if names]
@@ -152,7 +153,7 @@ def push(folder: str | Path, resume: bool = False) -> str:
             "" if answer.error or not answer.version_number else f" It runs without: stop it at {CODE}/{kernel['id']}."
         )
         raise UserError(f"{path}: Kaggle refused it: {said}.{runs} {remedy(said, 'Mend the file and push again.')}")
-    session = f"{kernel['id']}/{answer.version_number}"
+    session = f"{kernel['id']}/{answer.version_number}" if answer.version_number else kernel["id"]
     note_session(folder, session)
     return session
 
@@ -187,11 +188,11 @@ def _push_dataset(api: Any, folder: Path) -> None:
     files = [{"token": upload.send(*asked)} for upload, asked in zip(uploads, begin, strict=True)]
     if exists:
         body = {"versionNotes": "carvana kernel push", "files": files}
-        answer = _once(ref, call, api, "datasets", "CreateDatasetVersion", dataset | {"body": body})
+        answer = _once(ref, MAY_BE_THERE, call, api, "datasets", "CreateDatasetVersion", dataset | {"body": body})
     else:
         fields = {"title": described["title"], "licenseName": described["licenses"][0]["name"], "isPrivate": True}
         fields |= {"ownerSlug": owner, "slug": slug, "files": files}
-        answer = _once(ref, call, api, "datasets", "CreateDataset", fields)
+        answer = _once(ref, MAY_BE_THERE, call, api, "datasets", "CreateDataset", fields)
     if error := scrub(answer.get("error") or ""):
         raise UserError(f"{folder}: Kaggle refused it: {error}. {remedy(error, 'Mend dataset-metadata.json.')}")
     for upload in uploads:
@@ -214,13 +215,13 @@ def _wait_until_ready(api: Any, dataset: dict[str, str], settling: int) -> None:
     raise UserError(f"dataset {ref}: Kaggle says {state}. Look at it on the site, then push again.")
 
 
-def _once(what: str, request: Callable, *values: Any) -> Any:
+def _once(what: str, look: str, request: Callable, *values: Any) -> Any:
     """`once`; a lost answer says where to look, since it may have made a version or started a session."""
     try:
         return once(f"Push of {what}", request, *values)
     except (LostAnswerError, KeyboardInterrupt) as error:
         said = str(error) or f"Push of {what}: stopped."
-        raise UserError(f"{said} A kernel may run. Look at {CODE}/{what} before you push again.") from None
+        raise UserError(f"{said} {look}/{what} before you push again.") from None
 
 
 def _state(api: Any, *asked: Any) -> str | None:

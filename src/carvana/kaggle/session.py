@@ -6,6 +6,7 @@ twice.
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -31,9 +32,11 @@ def push_and_wait(folder: Path, resume: bool, runs_dir: Path) -> None:
     UserError where it failed on Kaggle (what it left is fetched all the same), or is not over in time.
     """
     path = folder / "kernel" / NOTE
-    if not path.exists() and (kernel := running(folder)):
+    if path.exists():
+        print("The output of the last push has not been fetched: it comes first, nothing new is started.", flush=True)
+    elif kernel := running(folder):
         note_session(folder, kernel)
-    elif not path.exists():
+    else:
         push(folder, resume)
     note = read_json(path, dict[str, Any])
     kernel = note["kernel"]
@@ -46,9 +49,9 @@ def push_and_wait(folder: Path, resume: bool, runs_dir: Path) -> None:
         raise UserError(f"{kernel} ended as {state} on Kaggle. Mend what the log says, then push again with --resume.")
     files = [resolve(runs_dir) / name for name in names if name.endswith(".csv.gz")]
     if files:
-        print(f'Next: carvana submit {files[0]} -m "MESSAGE" --sample SAMPLE_SUBMISSION')
+        print(f'Next: carvana submit {shlex.quote(str(files[0]))} -m "MESSAGE" --sample SAMPLE_SUBMISSION')
     else:
-        print(f"No submission yet. Next: carvana kernel push {folder} --resume --wait")
+        print(f"No submission yet. Next: carvana kernel push {shlex.quote(str(folder))} --resume --wait")
 
 
 def _follow(kernel: str, started: float) -> str:
@@ -125,6 +128,8 @@ def _listed(api: Any, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _place(name: str, runs_dir: Path) -> str | None:
     """Where a file of the output belongs below `runs_dir`; None for one that is not the run's, or leads elsewhere."""
     parts = name.split("/")
+    if parts[-1] == ".lock":  # of the run there
+        return None
     if len(parts) > 2 and parts[0] == "runs":
         parts = parts[1:]
     elif len(parts) == 1 and name.endswith(".csv.gz"):

@@ -1,5 +1,6 @@
 """A submission on its way: checked, confirmed, uploaded once, waited for, and kept in the ledger of submissions."""
 
+import contextlib
 import csv
 import io
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from carvana.errors import UserError
-from carvana.files import locked, sha256, write_text
+from carvana.files import locked, sha256, stamp, write_text
 from carvana.kaggle.client import COMPETITION, PAGE, LostAnswerError, call, listed, once, remedy, sign_in, with_retries
 from carvana.kaggle.credentials import scrub
 from carvana.kaggle.upload import Upload
@@ -53,10 +54,12 @@ def submit(
     Kaggle has taken it.
     """
     path, ledger = entry.path, submissions_dir / "ledger.csv"
-    validation = validate(path, expected)
+    seen, validation = stamp(path), validate(path, expected)
     if not validation.ok:
         raise UserError(f"{path} is not uploaded. {validation.problems[0]}.")
     file_hash, trouble = sha256(path), ""
+    if stamp(path) != seen:
+        raise UserError(f"{path} was replaced while it was checked, and is not submitted. Start again.")
     row = _sent_row(entry, ledger, file_hash)
     if row:
         known = f"submission {row['ref']}" if row["ref"] else f"sent on {row['time']} as {row['message']}"
@@ -227,8 +230,14 @@ def ledger_table(submissions_dir: Path, runs_dir: Path) -> pd.DataFrame:
     Columns: time, run, out_of_fold (NaN where the run has no scores), public_score, private_score, status, message.
     """
     table = pd.DataFrame(ledger_rows(submissions_dir / "ledger.csv"), columns=COLUMNS)
-    table["out_of_fold"] = [Run(runs_dir, name).out_of_fold_dice() if name else None for name in table["run"]]
+    table["out_of_fold"] = [_out_of_fold(runs_dir, name) for name in table["run"]]
     return table[["time", "run", "out_of_fold", "public_score", "private_score", "status", "message"]]
+
+
+def _out_of_fold(runs_dir: Path, name: str) -> float | None:
+    with contextlib.suppress(UserError):  # a row may be of another tool, and a run's scores damaged
+        return Run(runs_dir, name).out_of_fold_dice() if name else None
+    return None
 
 
 def refresh(submissions_dir: Path) -> None:

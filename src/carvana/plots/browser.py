@@ -1,5 +1,6 @@
 """Look at any training image in Jupyter: image, mask, probability and difference of any run, worst first."""
 
+from contextlib import suppress
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -38,13 +39,19 @@ def browse(competition: Competition, runs_dir: str | Path, run_name: str = "") -
     UserError where there is none.
     """
     folder, cars = resolve(runs_dir), set(competition.samples["car"])
-    known = [name for name in Run.trained(folder) if Run(folder, name).folds_path.exists()]
-    names = [name for name in known if cars & set(Run(folder, name).folds()["car"])]
+    names = [name for name in Run.trained(folder) if _shows(Run(folder, name), cars)]
     if not names:
         raise UserError(f"runs_dir {folder} holds no trained run of these cars. Train with 03_train first.")
     if run_name and run_name not in names:
-        raise UserError(f"run_name {run_name} has no trained fold in {folder}{did_you_mean(run_name, names)}")
+        raise UserError(f"run_name {run_name} has no trained fold of these cars{did_you_mean(run_name, names)}")
     return Browser(competition, [Run(folder, name) for name in names], run_name or names[0])
+
+
+def _shows(run: Run, cars: set[str]) -> bool:
+    with suppress(UserError):  # what is wrong with another run is no affair of the one that is shown
+        folds = run.folds()
+        return bool(cars & set(folds.loc[folds["fold"].isin([HOLDOUT, *run.checkpoints()]), "car"]))
+    return False
 
 
 class Browser(VBox):  # type: ignore[misc]  # ipywidgets has no types

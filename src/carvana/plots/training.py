@@ -120,7 +120,7 @@ def _watched(trainer: Trainer, snapshot: Snapshot) -> np.ndarray:
 
 def training_curves(trainer: Trainer) -> Figure:
     """Loss of every step, Dice of every validation, learning rate and speed of every epoch of a fold."""
-    history, epochs = trainer.run.history(trainer.fold), snapshot_epochs(trainer.folder)
+    history, epochs = trainer.run.histories()[str(trainer.fold)], snapshot_epochs(trainer.folder)
     snapshots = [read_snapshot(trainer.folder, epoch, with_logits=False) for epoch in epochs]
     loss, dice, rate, pace = style.charts(5.6, 2, 2)
     _draw_losses(loss, {epoch: snapshot.losses for epoch, snapshot in zip(epochs, snapshots, strict=True)})

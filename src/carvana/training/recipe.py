@@ -63,7 +63,8 @@ class Recipe:
         Names and ranges are checked before work.
         """
         check(parameters)
-        recipe = cls(**{name: _typed(name, kind, parameters[name]) for name, kind in get_type_hints(cls).items()})
+        # A YAML file's 2e-3 is text to papermill, and its 1 a whole number where a float is meant.
+        recipe = cls(**{name: kind(parameters[name]) for name, kind in get_type_hints(cls).items()})
         check_names(recipe.model_config)
         check_optimizer(recipe.optimizer)
         precision(recipe.amp)
@@ -102,14 +103,6 @@ class Recipe:
     def augmentation(self) -> Augmentation:
         """The random changes of training samples."""
         return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
-
-
-def _typed(name: str, kind: type, value: Any) -> Any:
-    """A YAML file's 2e-3 is text to papermill, and its 1 a whole number where a float is meant."""
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise UserError(f"{name} is {value!r}, but must be {kind.__name__}.") from error
 
 
 def learning_rate(schedule: str, done: float, warmup: float) -> float:

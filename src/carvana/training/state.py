@@ -159,7 +159,7 @@ class TrainState:
         contents |= {"recipe": asdict(self.recipe), "random": torch.get_rng_state()}
         contents |= {name: part.state_dict() for name, part in self._parts().items()}
         if self.device.type != "cpu":
-            contents |= {"device_random": torch.get_device_module(self.device).get_rng_state()}
+            contents |= {f"{self.device.type}_random": torch.get_device_module(self.device).get_rng_state()}
         buffer = io.BytesIO()  # torch hides the reason of a write that fails
         torch.save(contents, buffer)
         with atomic(self.path) as file:
@@ -189,14 +189,15 @@ class TrainState:
 
     def _take_up(self, contents: dict[str, Any]) -> None:
         for name, part in self._parts().items():
-            part.load_state_dict(contents[name])
+            if name in contents:  # no scaler is, where the steps before were taken in another precision
+                part.load_state_dict(contents[name])
         counted_there = self._recordable or self.recipe.optimizer in FUSED  # else a step waits for its counter
         for kept in self.optimizer.state.values():
             if isinstance(kept.get("step"), torch.Tensor):
                 kept["step"] = kept["step"].to(self.device if counted_there else "cpu")
         torch.set_rng_state(contents["random"].cpu())
-        if self.device.type != "cpu" and "device_random" in contents:
-            torch.get_device_module(self.device).set_rng_state(contents["device_random"].cpu())
+        if (kept_there := contents.get(f"{self.device.type}_random")) is not None:  # another make has its own form
+            torch.get_device_module(self.device).set_rng_state(kept_there.cpu())
         for name in ("step", "seconds", "losses", "history"):
             setattr(self, name, contents[name])
 

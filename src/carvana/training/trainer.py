@@ -92,7 +92,7 @@ class Trainer:
             return [], []
         teacher = Run(self.run.runs_dir, self.recipe.pseudo_labels)
         index, held = teacher.pseudo_path, set(self.folds.loc[self.folds["fold"] == HOLDOUT, "car"])
-        if held and teacher.folds_path.exists() and held & set(teacher.folds().query("fold >= 0")["car"]):
+        if held and held & teacher.cars_behind_soft_masks():
             advice = "Give both runs the same holdout_cars and seed."
             raise UserError(f"pseudo_labels: {teacher.folder} has learnt from cars that this run holds out. {advice}")
         if not index.exists():
