@@ -118,6 +118,16 @@ def test_the_device_is_the_one_that_the_profile_wants(machine, monkeypatch):
     assert state == "note" and seen.startswith("cpu, precision")
 
 
+def test_disk_is_counted_for_what_the_profile_caches_and_parameters_may_be_given(machine, monkeypatch, capsys):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 26_000_000_000}))
+    assert lines(machine)["disk"][0] == "note"  # 5088 x 640 x 960 x 4 bytes twice are 25 GB, and a run takes more
+    assert "The cache of 5088 images takes 13 GB, and is written where twice as much" in lines(machine)["disk"][1]
+    cli.main(["doctor", str(machine), "-p", "height", "320", "-p", "width", "480"])
+    assert "ok   disk" in capsys.readouterr().out
+    cli.main(["doctor", str(machine), "-p", "demo_cars", "12"])
+    assert "ok   disk" in capsys.readouterr().out
+
+
 def test_outside_the_project_the_machine_is_looked_at_all_the_same(machine, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["doctor"]) == 0

@@ -147,7 +147,8 @@ def test_papermill_alone_trains_a_fold_with_a_profile_from_anywhere(place, lines
 
 @pytest.mark.parametrize(("name", "message"), [
     ("epohcs", 'UserError: parameter "epohcs" of papermill is in no notebook, did you mean "epochs"? See: carvana'),
-    ("epochs", "UserError: "),  # of 03: a whole profile may be handed on, and what ends it is that there are no images
+    # Of 03: a whole profile may be handed on, and what ends it is that there are no images.
+    pytest.param("epochs", "UserError: ", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_papermill_alone_refuses_what_no_notebook_has_in_one_line(tmp_path, name, message):
     options = ["-f", project_root() / "profiles" / "cpu.yaml", "-p", "data_dir", tmp_path / "nowhere", "-p", name, "3"]

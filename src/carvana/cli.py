@@ -63,7 +63,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from carvana.doctor import examine
 
     stopped = False
-    for state, name, seen in examine(options.profile):
+    for state, name, seen in examine(options.profile, dict(options.parameter)):
         print(f"{state:5}{name:12}{seen}", flush=True)
         stopped |= state == "STOP"
     return stopped
@@ -177,13 +177,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_commands(commands: Commands) -> None:
     run = _command(commands, "run", _run, "run the notebooks with a profile")
     run.add_argument("profile", type=Path, help="a YAML file of parameters, such as profiles/demo.yaml")
-    repeated = "a parameter in the place of the profile's, may be repeated; `carvana params` lists them"
-    run.add_argument(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=repeated
-    )
+    _add_parameter(run)
     _command(commands, "params", _params, "list the parameters of all notebooks")
     doctor = _command(commands, "doctor", _doctor, "say what this machine has for a run, and what to do about the rest")
     doctor.add_argument("profile", type=Path, nargs="?", help="the YAML file that shall run; default: none")
+    _add_parameter(doctor)
     compare = _command(commands, "compare", _compare, "compare the Dice of runs on the images that all have scored")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="names in the folder of all runs")
     compare.add_argument("--runs-dir", **RUNS_DIR)
@@ -192,6 +190,12 @@ def _add_run_commands(commands: Commands) -> None:
     export.add_argument("out", type=Path, help="folder (smp) or file (onnx) to write; its card is written beside")
     export.add_argument("--format", required=True, choices=("smp", "onnx"), help="segmentation_models_pytorch or ONNX")
     export.add_argument("--fold", type=int, help="one fold of the run; default: its ensemble.json, or its only fold")
+
+
+def _add_parameter(command: argparse.ArgumentParser) -> None:
+    repeated = "a parameter in the place of the profile's, may be repeated; `carvana params` lists them"
+    names = ("NAME", "VALUE")
+    command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=names, help=repeated)
 
 
 def _add_data_commands(commands: Commands) -> None:

@@ -20,21 +20,21 @@ from carvana.parallel import SHARED_MEMORY, cores
 from carvana.preflight import check_recipe
 from carvana.profiles import Values, load_profile, with_defaults
 
-CACHE, RESERVE = 2_500_000, 2 << 30  # bytes of disk for the samples of an image, and for all else of a run
+IMAGES, VIEWS, RESERVE = 5088, 16, 2 << 30  # of the training set, of a car; bytes of disk for all but the cache
 
 
 class NoteError(UserError):
     """What a person may want to mend, though a run goes on."""
 
 
-def examine(profile: Path | None = None) -> Iterator[tuple[str, str, str]]:
+def examine(profile: Path | None = None, overrides: dict[str, str] | None = None) -> Iterator[tuple[str, str, str]]:
     """What a run of `profile` (default: of no profile) finds here: "ok", "note" or "STOP", its name, what is there."""
     values: Values = {}
 
     def parameters() -> str:
         if not profile and not (project_root() / "notebooks").is_dir():
             raise NoteError("no notebooks here. Call it in the project's folder to see disk, data and weights too")
-        values.update(with_defaults(load_profile(profile) if profile else {}))
+        values.update(with_defaults(load_profile(profile, overrides) if profile else {}))
         return f"{profile or 'defaults'}, run {values['run_name']}"
 
     checks: dict[str, Callable[[], str]] = {"profile": parameters, "Python": _python, "packages": _packages}
@@ -105,9 +105,10 @@ def _disk(values: Values) -> str:
     free = shutil.disk_usage(folder).free
     if free < RESERVE or not os.access(folder, os.W_OK):
         raise UserError(f"{folder} has {free / 1e9:.1f} GB free or cannot be written. Free space or give a runs_dir")
-    whole = 5088 * CACHE + RESERVE
-    advice = f"All images at 640x960 take {whole / 1e9:.0f} GB: free space or give a runs_dir"
-    return _noted(f"{free / 1e9:.0f} GB free at {folder}", free < whole, advice)
+    images = values["demo_cars"] * VIEWS or IMAGES
+    cache = images * values["height"] * values["width"] * 4  # see data.dataset, which leaves half of the disk free
+    advice = f"The cache of {images} images takes {cache / 1e9:.0f} GB, and is written where twice as much is free"
+    return _noted(f"{free / 1e9:.0f} GB free at {folder}", free < 2 * cache + RESERVE, advice)
 
 
 def _shared_memory() -> str:

@@ -30,6 +30,14 @@ def test_cache_is_built_where_the_system_cannot_reserve_space(source, tmp_path, 
     assert np.array_equal(cached[3][0], source[3][0])
 
 
+def test_a_cache_that_is_half_the_disk_is_not_written_and_this_is_said(source, tmp_path, monkeypatch, capsys):
+    need = 2 * len(source) * 96 * 128 * 4
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    assert dataset.cached(source, tmp_path) is source
+    assert f"carvana: {tmp_path} has less than twice the 0.0 GB of a cache free" in capsys.readouterr().err
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_cache_that_could_not_be_built_leaves_nothing_behind(source, tmp_path, monkeypatch):
     def damaged(_, i):
         raise UserError("image cannot be decoded")

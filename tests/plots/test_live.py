@@ -31,7 +31,8 @@ def watched(shared_competition, tmp_path_factory):
     trainer = trainer_of(shared_competition, tmp_path_factory.mktemp("run"), **RECIPE)
     with capture_output() as captured:
         history = live.train_live(trainer)
-    return trainer, history, captured
+    yield trainer, history, captured
+    InteractiveShell.clear_instance()  # else all later trainings of this process draw too
 
 
 def test_watching_changes_nothing_that_is_learnt(watched, shared_competition, tmp_path):

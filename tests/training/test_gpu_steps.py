@@ -89,7 +89,7 @@ def batch():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("capability", "optimizer", "half"), [
-    ((7, 5), "adamw", torch.float16),  # of the t4x2 profile
+    ((7, 5), "adamw", torch.float16),  # a T4; Muon would wait for the scaler once a step
     ((9, 0), "nmuon", torch.bfloat16),  # of the h100 profile
     ((9, 0), "adam", torch.bfloat16),  # of the seed profile
 ])  # fmt: skip

@@ -105,10 +105,10 @@ KILLED = """
 """
 
 
-def test_training_killed_at_three_points_ends_in_the_same_weights(shared_competition, tmp_path, workers=2):
+def test_training_killed_at_two_points_ends_in_the_same_weights(shared_competition, tmp_path, workers=2):
     whole = trainer_of(shared_competition, tmp_path / "whole", epochs=4, optimizer="nmuon")
     expected = train(whole, workers=workers)
-    for step in (1, 3, 7):
+    for step in (1, 7):
         facts = {"tests": str(Path(__file__).parents[1]), "data": str(shared_competition), "run": str(tmp_path / "cut")}
         code = textwrap.dedent(KILLED).format(**facts, step=step, workers=workers, changes={"optimizer": "nmuon"})
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -232,7 +232,8 @@ def test_accumulated_steps_leave_the_same_moving_average_as_whole_ones(monkeypat
 
 def test_a_fold_goes_on_on_a_device_of_another_make_and_precision(tmp_path, monkeypatch):
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    begun = TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")
+    small = recipe(height=32, width=32, optimizer="nmuon", clip_norm=0.0)  # which unscales with a real fp16 alone
+    begun = TrainState(small, 0, 4, "data", tmp_path / "state.pt")
     begun.train_step(images, images[..., 0])
     begun.save()
     contents = torch.load(begun.path, weights_only=True)
@@ -244,8 +245,12 @@ def test_a_fold_goes_on_on_a_device_of_another_make_and_precision(tmp_path, monk
             self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
 
     monkeypatch.setattr("carvana.training.state.Accelerator", Scaled)
-    resumed = TrainState(recipe(height=32, width=32), 0, 4, "data", tmp_path / "state.pt")
+    resumed = TrainState(small, 0, 4, "data", tmp_path / "state.pt")
     assert (resumed.step, resumed.accelerator.scaler.get_scale()) == (1, 8.0)
+    for state in (begun, resumed):
+        state.train_step(images, images[..., 0])
+    for plain, scaled in zip(begun.network.parameters(), resumed.network.parameters(), strict=True):
+        torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-5)
 
 
 def test_the_random_state_of_a_gpu_is_kept_by_its_make(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ def cached(source: DecodedSamples, folder: Path) -> DecodedSamples | CachedSampl
             return CachedSamples(path)
         except (*UNREADABLE, ValueError):  # not there, or damaged
             path.with_suffix(".tmp").unlink(missing_ok=True)  # of a killed build, as large as the cache
-            if len(source) * source.height * source.width * 4 > shutil.disk_usage(folder).free / 2:
+            if (size := len(source) * source.height * source.width * 4) > shutil.disk_usage(folder).free / 2:
+                reason = f"{folder} has less than twice the {size / 1e9:.1f} GB of a cache free"
+                print(f"carvana: {reason}: every image is decoded again in each epoch.", file=sys.stderr)
                 return source
             _build(source, path)
     return CachedSamples(path)
