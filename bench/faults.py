@@ -157,10 +157,8 @@ def main() -> None:
         for case, faults in cases.items():
             lines.append(f"| {title}: {case} | {played(act, faults, 'bare')} | {played(act, faults, 'ours')} |")
             print(lines[-1], flush=True)
-    write_text(
-        RESULTS / "faults.md",
-        f"# Faults\n\n{' '.join(__doc__.split('python bench')[0].split())}\n\n" + "\n".join(lines) + "\n",
-    )
+    story = f"{__doc__.split('python bench')[0].strip()}\n\nCommand: `.venv/bin/python bench/faults.py`."
+    write_text(RESULTS / "faults.md", f"# Faults\n\n{story}\n\n{chr(10).join(lines)}\n")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ the {SHARE:.0%} with the surest edges. Neither network has seen the cars that th
 over cars; they do not hold the spread between seeds.
 
 Machine: {machine()}.
-Command: `python bench/pseudo.py --data FOLDER --full FOLDER --encoder-weights FILE {sizes}`.
+Command: `.venv/bin/python bench/pseudo.py --data FOLDER --full FOLDER --encoder-weights FILE {sizes}`.
 
 {chr(10).join(lines)}
 """

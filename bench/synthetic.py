@@ -1,4 +1,4 @@
-"""Seeded cars of about 800 runs, as masks and as logits at a network's size: blurred ellipses with a noisy edge."""
+"""Seeded cars of about 1200 runs, as masks and as logits at a network's size: blurred ellipses with a noisy edge."""
 
 import cv2
 import numpy as np

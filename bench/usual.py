@@ -1,12 +1,13 @@
 """Our recipe against the usual one on the same images, cores and minutes, both scored by the same code.
 
-Usual, as most who train a U-Net on this competition do it: the classic U-Net with two classes, RMSprop with lr 1e-5 and
-momentum 0.999, cross-entropy + Dice, images and masks at half size (bicubic and nearest), batch 1, float32, nothing
-augmented; masks by enlarged logits and argmax, for as long as ours took. Ours: a profile, its encoder from ImageNet,
-its schedule fitted to the minutes by the measured cost of a step, so that it may take longer. Both learn from all
-folds but 0 of 2, and are scored on every second image of fold 0, at the images' own size, without tta.
+Usual, the defaults of github.com/milesial/Pytorch-UNet, which was written for this competition: the classic U-Net with
+two classes, RMSprop with lr 1e-5 and momentum 0.999, cross-entropy + Dice, images and masks at half size (bicubic and
+nearest), batch 1, float32, nothing augmented; masks by enlarged logits and argmax, for as long as ours took. Ours:
+profiles/cpu.yaml, its encoder from ImageNet; the number of its steps was computed from the measured time of a step, so
+the real minutes differ from those asked for. Both learn from all folds but 0 of 2, and are scored on every second
+image of fold 0, at the images' own size, without tta.
 
-python bench/usual.py --data ../carvana512 --encoder-weights lite0.safetensors --minutes 20
+.venv/bin/python bench/usual.py --data ../carvana512 --encoder-weights lite0.safetensors --minutes 20
 """
 
 import argparse
