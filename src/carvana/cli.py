@@ -222,7 +222,7 @@ def _add_submission_commands(commands: Commands) -> None:
     submit.add_argument("file", type=Path, help="the submission: csv, csv.gz or csv.zip")
     submit.add_argument("-m", "--message", required=True, help="its description on Kaggle")
     submit.add_argument("--yes", action="store_true", help="do not ask")
-    submit.add_argument("--again", action="store_true", help="send a file anew that was, or may have been, sent before")
+    submit.add_argument("--again", action="store_true", help="send again what was, or may have been, sent before")
     submit.add_argument("--submissions-dir", **SUBMISSIONS_DIR)
     submit.add_argument("--run-name", default="", help="that made the file; default: the file's own name")
     _add_expected(submit)

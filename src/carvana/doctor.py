@@ -24,7 +24,7 @@ IMAGES, VIEWS, RESERVE = 5088, 16, 2 << 30  # of the training set, of a car; byt
 
 
 class NoteError(UserError):
-    """What a person may want to mend, though a run goes on."""
+    """What a person may want to correct, though a run goes on."""
 
 
 def examine(profile: Path | None = None, overrides: dict[str, str] | None = None) -> Iterator[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What a user can mend: one line that says what is wrong, in which file or parameter, and what to do."""
+    """What a user can correct: one line that says what is wrong, in which file or parameter, and what to do."""
 
     def __str__(self) -> str:
         """Our line alone: a worker process of torch hands its whole traceback on as the message."""

@@ -268,4 +268,4 @@ def load_checkpoint(path: Path) -> tuple[SegmentationModel, dict[str, Any]]:
         return model.eval(), json.loads(metadata["facts"])
     except Exception as error:  # damaged files raise one of many
         reason = str(error).partition("\n")[0]
-        raise UserError(f"checkpoint {path} cannot be read: {reason}. Delete it and train its fold anew.") from error
+        raise UserError(f"checkpoint {path} cannot be read: {reason}. Delete it and train its fold again.") from error

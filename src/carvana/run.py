@@ -140,7 +140,7 @@ class Run:
         if not self.folds().equals(folds):
             raise UserError(
                 f"{path} was made with other cars, masks, exclude, n_folds, holdout_cars or seed. "
-                "Choose another run_name, or delete the run to start it anew."
+                "Choose another run_name, or delete the run to start it again."
             )
         return folds
 
@@ -260,7 +260,7 @@ def read_csv(path: Path, *needed: str) -> pd.DataFrame:
         return table
     except (OSError, ValueError) as error:
         reason = f"{path} is not a table of {', '.join(needed)}: {' '.join(str(error).split())}"
-        raise UserError(f"{reason}. Mend it, or delete it and run the step that writes it again.") from error
+        raise UserError(f"{reason}. Fix it, or delete it and run the step that writes it again.") from error
 
 
 def _commit() -> str | None:

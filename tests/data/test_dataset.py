@@ -100,7 +100,7 @@ def test_a_flipped_bit_in_a_cache_ends_the_training_with_one_line_and_other_item
     next(batches)
     with pytest.raises(UserError) as error:
         next(batches)
-    assert str(error.value) == f"{cached.path} is damaged. Delete it: the same command builds it anew and goes on."
+    assert str(error.value) == f"{cached.path} is damaged. Delete it: the same command builds it again and goes on."
     assert [rows.tolist() for _, _, rows in batches] == [[12]]
 
 

@@ -413,7 +413,7 @@ def test_the_bar_of_an_upload_is_seen(fake, big, capfd):
     assert re.search(r"uploading: 100%.*5.24M/5.24M", capfd.readouterr().err)
 
 
-@pytest.mark.parametrize(("said", "advice"), [("a limit of 5 a day", "Wait until the limit"), ("bad rows", "Mend the")])
+@pytest.mark.parametrize(("said", "advice"), [("a limit of 5 a day", "Wait until the limit"), ("bad rows", "Fix the")])
 def test_advice_fits_the_refusal(fake, sub, said, advice):
     fake.verdict = {"status": "ERROR", "errorDescription": said}
     refused(f"{said}. {advice}", submit.submit, **sub)

@@ -29,7 +29,7 @@ Item = tuple[np.ndarray, np.ndarray]  # image (height, width, 3) uint8 RGB, soft
 
 
 class DecodedSamples(Dataset[Item]):
-    """Images and soft targets read anew each time: item i is ((height, width, 3), (height, width)) uint8.
+    """Images and soft targets read again each time: item i is ((height, width, 3), (height, width)) uint8.
 
     `key` changes when the images, names, masks or the size change.
     """
@@ -98,7 +98,7 @@ class CachedSamples(Dataset[Item]):
         """One image and its target, not copied, so not to be written to; UserError where a bit of them has changed."""
         item = self.array[i]
         if zlib.crc32(item) != self.sums[i]:  # takes 1 ms at 512x512
-            raise UserError(f"{self.path} is damaged. Delete it: the same command builds it anew and goes on.")
+            raise UserError(f"{self.path} is damaged. Delete it: the same command builds it again and goes on.")
         return item[:3].reshape(*item.shape[1:], 3), item[3]
 
     def __reduce__(self) -> tuple[Any, ...]:

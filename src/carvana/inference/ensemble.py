@@ -122,7 +122,7 @@ class Ensemble:
         except torch.OutOfMemoryError as error:
             raise UserError("The device is out of memory. Lower batch_size, or use fewer members or tta.") from error
         reason = f"A network gives logits that are not finite for one of {', '.join(names)}"
-        raise UserError(f"{reason}, even in float32. Its weights are spoilt: train it anew with a lower lr.")
+        raise UserError(f"{reason}, even in float32. Its weights are spoilt: train it again with a lower lr.")
 
     def forward(self, images: dict[Size, torch.Tensor], full_precision: bool = False) -> list[torch.Tensor]:
         """`predict_logits` unchecked, so that nothing waits for the device; full_precision: float32 throughout."""

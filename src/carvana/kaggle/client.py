@@ -109,7 +109,7 @@ def paced(response: requests.Response, name: str) -> Iterator[bytes]:
 def with_retries(what: str, call: Callable[..., Any], *values: Any, grown: Callable[[], int] | None = None) -> Any:
     """Call the client, again where that can help; UserError begins with `what` and says why Kaggle refused.
 
-    grown: of a transfer, bytes that are there already; tries are counted anew whenever they have grown.
+    grown: of a transfer, bytes that are there already; tries are counted from 0 whenever they have grown.
     """
     failures, best, tries = 0, 0, TRANSFER_TRIES if grown else TRIES
     while True:

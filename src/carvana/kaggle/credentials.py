@@ -78,7 +78,7 @@ def _checked(secret: str, source: str) -> str:
     """The source; UserError where the secret could not be part of a request, whose error would show it."""
     if secret and not re.fullmatch("[!-~]+", secret):
         raise UserError(
-            f"{source}: a blank, a line break or a foreign character is inside. Copy it anew from {SETTINGS}."
+            f"{source}: a blank, a line break or a foreign character is inside. Copy it again from {SETTINGS}."
         )
     return source if secret else ""
 

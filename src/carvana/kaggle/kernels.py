@@ -152,7 +152,7 @@ def push(folder: str | Path, resume: bool = False) -> str:
         runs = (
             "" if answer.error or not answer.version_number else f" It runs without: stop it at {CODE}/{kernel['id']}."
         )
-        raise UserError(f"{path}: Kaggle refused it: {said}.{runs} {remedy(said, 'Mend the file and push again.')}")
+        raise UserError(f"{path}: Kaggle refused it: {said}.{runs} {remedy(said, 'Fix the file and push again.')}")
     session = f"{kernel['id']}/{answer.version_number}" if answer.version_number else kernel["id"]
     note_session(folder, session)
     return session
@@ -194,7 +194,7 @@ def _push_dataset(api: Any, folder: Path) -> None:
         fields |= {"ownerSlug": owner, "slug": slug, "files": files}
         answer = _once(ref, MAY_BE_THERE, call, api, "datasets", "CreateDataset", fields)
     if error := scrub(answer.get("error") or ""):
-        raise UserError(f"{folder}: Kaggle refused it: {error}. {remedy(error, 'Mend dataset-metadata.json.')}")
+        raise UserError(f"{folder}: Kaggle refused it: {error}. {remedy(error, 'Fix dataset-metadata.json.')}")
     for upload in uploads:
         upload.done()
     _wait_until_ready(api, dataset, SETTLING if exists else 0)

@@ -46,7 +46,7 @@ def push_and_wait(folder: Path, resume: bool, runs_dir: Path) -> None:
     path.unlink()
     print(f"{kernel}: {len(names)} files have come into {resolve(runs_dir)}")
     if state != "COMPLETE":
-        raise UserError(f"{kernel} ended as {state} on Kaggle. Mend what the log says, then push again with --resume.")
+        raise UserError(f"{kernel} ended as {state} on Kaggle. Fix what the log says, then push again with --resume.")
     files = [resolve(runs_dir) / name for name in names if name.endswith(".csv.gz")]
     if files:
         print(f'Next: carvana submit {shlex.quote(str(files[0]))} -m "MESSAGE" --sample SAMPLE_SUBMISSION')

@@ -72,10 +72,10 @@ def submit(
             row = _sent_row(entry, ledger, file_hash) or _create(api, entry, ledger, file_hash)
         trouble = _wait(api, ledger, row, wait_minutes)
     if row["status"] == "error":
-        advice = remedy(trouble, "Mend the file first.")
+        advice = remedy(trouble, "Fix the file first.")
         raise UserError(f"{path}: Kaggle rejected submission {row['ref']}: {trouble}. {advice}")
     if row["status"] == "unknown":
-        look = f"Look for {row['message']} at {LISTED}. The same command looks again, --again sends the file anew."
+        look = f"Look for {row['message']} at {LISTED}. The same command looks again, --again sends the file once more."
         raise UserError(f"{path}: whether Kaggle has taken it is unknown{trouble and f' ({trouble})'}. {look}")
     scores = f"public {row['public_score'] or '-'}, private {row['private_score'] or '-'}"
     print(f"{path}: submission {row['ref']} is {row['status']}, {scores} ({ledger})")
@@ -218,7 +218,7 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
         if not fault and not (whole and len(row["sha256"]) == 64 and (row["ref"] + "0").isdecimal() and row["status"]):
             fault = f"is broken in row {number}"
     if fault:
-        raise UserError(f"{path} {fault}. Mend it: commas, the first line {','.join(COLUMNS)}, or move it away.")
+        raise UserError(f"{path} {fault}. Fix it: commas, the first line {','.join(COLUMNS)}, or move it away.")
     for row in rows:
         row |= {name: row[name][1:] for name in COLUMNS if row[name][:1] == "'" and row[name][1:2] in FORMULA}
     return columns, rows

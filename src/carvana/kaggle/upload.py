@@ -1,6 +1,6 @@
 """Bytes to Kaggle's storage: a cut or killed upload goes on where it was.
 
-The client would send a cut upload anew from its start.
+The client would send a cut upload again from its start.
 """
 
 import json

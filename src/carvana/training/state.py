@@ -177,13 +177,13 @@ class TrainState:
         try:
             contents = torch.load(self.path, "cpu", weights_only=True)  # a step counter on a GPU would be waited for
         except Exception as error:  # a broken file raises one of many
-            advice = f"Delete {self.path.parent} to train this fold anew."
+            advice = f"Delete {self.path.parent} to train this fold again."
             raise UserError(f"{self.path} cannot be read. {advice}") from error
         changed = self._changes(contents)
         if changed and contents["step"]:
             raise UserError(
                 f"{self.path} was trained with another {', '.join(changed)}. "
-                f"Choose another run_name, or delete {self.path.parent} to train this fold anew."
+                f"Choose another run_name, or delete {self.path.parent} to train this fold again."
             )
         return None if changed else contents
 
