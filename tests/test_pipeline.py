@@ -277,6 +277,15 @@ def test_a_notebook_that_cannot_be_written_is_one_line(tmp_path):
         pipeline.execute("02_explore", tmp_path / "notebooks" / "02.ipynb", {})
 
 
+def test_a_reader_who_has_seen_enough_is_no_full_disk(tmp_path, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(papermill, "execute_notebook", gone)
+    with pytest.raises(BrokenPipeError):
+        pipeline.execute("02_explore", tmp_path / "02.ipynb", {})
+
+
 def test_a_changed_sample_predicts_again(tmp_path):
     sample = tmp_path / "mine.csv"
     keys = []

@@ -210,6 +210,8 @@ def execute(notebook: str, output: Path, values: Values) -> float:
     except DeadKernelError as error:
         reason = "its process was killed, most likely because memory ran out"
         raise UserError(f"{notebook}: {reason}. Lower batch_size or workers.") from error
+    except BrokenPipeError:  # who reads our output has seen enough, as in `carvana run PROFILE | head`
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{output} could not be written: {reason}. Free space or choose another folder.") from error
