@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, tame_allocator, write
+from common import machine, recipe_of, tame_allocator, write
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from carvana.data import Competition, dataset, demo
-from carvana.models import ModelConfig, SegmentationModel
+from carvana.models import SegmentationModel
 
 SIZES = [(320, 480), (640, 960)]
 BATCH_SIZE, ROUNDS = 8, 6
@@ -73,8 +73,8 @@ def measure(data: Path, height: int, width: int, cache: Path) -> dict:
     competition = Competition(data)
     samples = competition.samples.head(8 * BATCH_SIZE)
     decoded = dataset.DecodedSamples(competition.train_images, samples, height, width)
-    n, config = len(samples), ModelConfig("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)
-    finish = partial(normalised, SegmentationModel(config))
+    n, network = len(samples), recipe_of("profiles/cpu.yaml", height=height, width=width).model_config
+    finish = partial(normalised, SegmentationModel(network))
     loaders = {
         "usual": (DataLoader(Usual(data, samples["img"].tolist(), height, width), BATCH_SIZE), usual_floats),
         "uncached": (ours(decoded, n), finish),

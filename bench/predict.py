@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 import synthetic
 import torch
-from common import machine, tame_allocator, write
+from common import machine, recipe_of, tame_allocator, write
 from PIL import Image
 from rle import usual_encode
 from torch.nn.functional import interpolate
@@ -26,7 +26,7 @@ from carvana import rle
 from carvana.data import demo, images
 from carvana.device import precision
 from carvana.inference.logits import BlendedLogits
-from carvana.models import ModelConfig, SegmentationModel
+from carvana.models import SegmentationModel
 
 SIZES = [(320, 480), (640, 960)]
 
@@ -90,7 +90,7 @@ def measure(archive: images.Archive, names: list[str], height: int, width: int, 
 
 
 def lite0(height: int, width: int) -> SegmentationModel:
-    return SegmentationModel(ModelConfig("unet", "tu-tf_efficientnet_lite0", "128,64,32,16,8", height, width)).eval()
+    return SegmentationModel(recipe_of("profiles/cpu.yaml", height=height, width=width).model_config).eval()
 
 
 def network_ms(height: int, width: int) -> float:
