@@ -2,8 +2,8 @@
 
 Every arm trains fold 0 of 2 for the time that `--steps` steps of `base` take on a CPU. That time is counted in steps,
 through the arms' costs of a step measured side by side, so a busy machine does not change a result. The costs are kept
-in results/recipe/SIZE/costs.json, so that the training itself can be done on any device. Seeds change weights, order
-and augmentation; the folds are the same.
+in results/recipe/SIZE_STEPS/costs.json, so that the training itself can be done on any device. Seeds change weights,
+order and augmentation; the folds are the same.
 
 python bench/recipe.py --data ../carvana512 --encoder-weights lite0.safetensors base adamw
 """
@@ -43,7 +43,7 @@ SHARED = {
 }  # fmt: skip
 SEEDS = 1, 2
 WHERE = "## Where the lost Dice sits"
-ARM_RESULTS = RESULTS / "recipe"  # a folder for every size, in it a file for every arm and seed
+ARM_RESULTS = RESULTS / "recipe"  # a folder for every size and number of steps, in it a file for every arm and seed
 # name: (what differs from base, the recipe's changes)
 ARMS = {
     "base": ("Muon with lr 0.004, batch 4, from half the size growing, mirrored, brightness and contrast by 20 %", {}),
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; none: write the table anew")
     options = parser.parse_args()
     tame_allocator()
-    train_arms(options, ARM_RESULTS / f"{options.size}")
+    train_arms(options, ARM_RESULTS / f"{options.size}_{options.steps}")
     path = RESULTS / "recipe.md"
     loss = where(options.scores) if options.scores else "".join(path.read_text().partition(WHERE)[1:])
     write_text(path, page(loss))
@@ -128,7 +128,7 @@ def train_arms(options: argparse.Namespace, results: Path) -> None:
         if done and (done["recipe"], done["steps"]) == (facts, arm["steps"]):
             continue  # by an earlier call
         with network_of(name):
-            folder = options.folder / f"{options.size}_{name}_{seed}"
+            folder = options.folder / f"{options.size}_{options.steps}_{name}_{seed}"
             arm |= train_for(recipe, options.data, folder, arm["steps"]) | {"recipe": facts}
         write_text(path, json.dumps(arm) + "\n")
         print(f"{name}, seed {seed}: {arm['steps']} steps, Dice {np.mean(arm['dice']):.6f}", flush=True)
@@ -136,7 +136,7 @@ def train_arms(options: argparse.Namespace, results: Path) -> None:
 
 def page(loss: str = "") -> str:
     """The tables of all arms that are done, and what was not measured; loss: the section WHERE."""
-    sizes = sorted((int(folder.name) for folder in ARM_RESULTS.iterdir()), reverse=True)
+    folders = sorted(ARM_RESULTS.iterdir(), reverse=True)
     return f"""# What pays in a short training
 
 Each arm trains fold 0 of 2 for the time that the steps of `base` take on a CPU, and is scored on 400 images of 50 cars
@@ -146,7 +146,7 @@ seeds. The cost of a step is relative to `base`, measured side by side in one ru
 
 Command: `.venv/bin/python bench/recipe.py --data FOLDER --encoder-weights FILE --size N --steps N ARM ...`.
 
-{chr(10).join(section(size) for size in sizes)}
+{chr(10).join(map(section, folders))}
 So short a training sees each of its 800 images one to three times. What only a long one can repay, such as more
 augmentation, is at a disadvantage here.
 
@@ -161,16 +161,16 @@ Not measured: other encoders, label exclusion.
 {loss}"""
 
 
-def section(size: int) -> str:
-    """The arms at `size`, one table for all machines."""
-    folder = ARM_RESULTS / f"{size}"
+def section(folder: Path) -> str:
+    """The arms of one size and number of steps, one table for all machines."""
+    size, steps = folder.name.split("_")
     costs = json.loads((folder / "costs.json").read_text())
     arms = {
         name: {seed: json.loads(path.read_text()) for seed in SEEDS for path in folder.glob(f"{name}_{seed}.json")}
         for name in ARMS
     }
     machines = sorted({arm["machine"] for of_arm in arms.values() for arm in of_arm.values()})
-    return f"""## {size}x{size}
+    return f"""## {size}x{size}, {steps} steps of base
 
 Costs measured on: {costs["machine"]}. Trained on: {"; ".join(machines)}.
 

@@ -51,7 +51,7 @@ def test_the_recipe_script_trains_an_arm_and_writes_its_row(bench, shared_compet
     assert len(arm["dice"]) == len(arm["cars"]) == 4
     monkeypatch.setattr(script, "ARM_RESULTS", tmp_path / "results")
     better = {"dice": [dice + 0.01 for dice in arm["dice"]]}
-    (folder := tmp_path / "results/64").mkdir(parents=True)
+    (folder := tmp_path / "results/64_2").mkdir(parents=True)
     (folder / "costs.json").write_text(json.dumps({"machine": "a CPU", "seconds": costs}))
     arms = {name: arm | {"cost": 1.0, "steps": 2, "machine": "a GPU"} for name in ("base_1", "base_2", "adamw_2")}
     arms |= {
