@@ -16,6 +16,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 STARTS = "; a relative one starts at the project's folder"
 RUNS_DIR: dict[str, Any] = {"type": Path, "default": Path("runs"), "help": f"folder of all runs{STARTS}"}
 SUBMISSIONS_DIR = RUNS_DIR | {"default": Path("submissions"), "help": f"folder of ledger.csv{STARTS}"}
+PARAMETER: dict[str, Any] = {
+    "nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE"),
+    "help": "a parameter in the place of the profile's, may be repeated; `carvana params` lists them",
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,14 +141,12 @@ def _kernel_build(options: argparse.Namespace) -> None:
 
 
 def _kernel_push(options: argparse.Namespace) -> None:
+    from carvana.kaggle import kernels, session
+
     if options.wait:
-        from carvana.kaggle.session import push_and_wait
-
-        push_and_wait(options.folder, options.resume, options.runs_dir)
+        session.push_and_wait(options.folder, options.resume, options.runs_dir)
         return
-    from carvana.kaggle.kernels import push
-
-    kernel = push(options.folder, options.resume)
+    kernel = kernels.push(options.folder, options.resume)
     print(f"{kernel} runs on Kaggle. Follow it and fetch its files with:")
     print(f"  carvana kernel push {shlex.quote(str(options.folder))} --wait")
 
@@ -177,11 +179,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_commands(commands: Commands) -> None:
     run = _command(commands, "run", _run, "run the notebooks with a profile")
     run.add_argument("profile", type=Path, help="a YAML file of parameters, such as profiles/demo.yaml")
-    _add_parameter(run)
+    run.add_argument("-p", "--parameter", **PARAMETER)
     _command(commands, "params", _params, "list the parameters of all notebooks")
     doctor = _command(commands, "doctor", _doctor, "say what this machine has for a run, and what to do about the rest")
     doctor.add_argument("profile", type=Path, nargs="?", help="the YAML file that shall run; default: none")
-    _add_parameter(doctor)
+    doctor.add_argument("-p", "--parameter", **PARAMETER)
     compare = _command(commands, "compare", _compare, "compare the Dice of runs on the images that all have scored")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="names in the folder of all runs")
     compare.add_argument("--runs-dir", **RUNS_DIR)
@@ -190,12 +192,6 @@ def _add_run_commands(commands: Commands) -> None:
     export.add_argument("out", type=Path, help="folder (smp) or file (onnx) to write; its card is written beside")
     export.add_argument("--format", required=True, choices=("smp", "onnx"), help="segmentation_models_pytorch or ONNX")
     export.add_argument("--fold", type=int, help="one fold of the run; default: its ensemble.json, or its only fold")
-
-
-def _add_parameter(command: argparse.ArgumentParser) -> None:
-    repeated = "a parameter in the place of the profile's, may be repeated; `carvana params` lists them"
-    names = ("NAME", "VALUE")
-    command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=names, help=repeated)
 
 
 def _add_data_commands(commands: Commands) -> None:

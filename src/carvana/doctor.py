@@ -131,15 +131,12 @@ def _data(values: Values) -> str:
         return f"01_download draws the demo into {competition.folder}"
     if competition.has_train_images:
         return f"{len(competition.train_images.names)} images to train on in {competition.folder}"
+    seen = f"none in {competition.folder}"
     try:
         credentials_source()
     except UserError:
-        raise UserError(
-            f"none in {competition.folder}, nor credentials to fetch them. Give data_dir, or get a token"
-        ) from None
-    raise NoteError(
-        f"none in {competition.folder}. 01_download fetches about 10 GB, or give the folder that has them: data_dir"
-    )
+        raise UserError(f"{seen}, nor credentials to fetch them. Give data_dir, or get a token") from None
+    raise NoteError(f"{seen}. 01_download fetches about 10 GB, or give the folder that has them: data_dir")
 
 
 def _weights(values: Values) -> str:

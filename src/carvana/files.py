@@ -122,11 +122,11 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stamp(path: str | Path) -> list:
-    """Name, size and time of a file or of each file right in a folder: cheap to compare, no contents read."""
+def stamp(path: str | Path) -> list[list]:
+    """Name, size and time of a file or of each one right in a folder, as JSON keeps them; cheap, no contents read."""
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    return [(file.name, stat.st_size, stat.st_mtime_ns) for file in files if file.is_file() and (stat := file.stat())]
+    return [[file.name, stat.st_size, stat.st_mtime_ns] for file in files if file.is_file() and (stat := file.stat())]
 
 
 def project_root() -> Path:

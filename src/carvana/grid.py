@@ -18,11 +18,7 @@ STRIDE = 32  # segmentation networks halve the size five times, so height and wi
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the pixels of a network lie in an image of `full_height` x `full_width`.
-
-    `height` x `width` is the size at the network, `padded_height` x `padded_width` the full-size area that it covers,
-    `factor` the whole number of full-size pixels a network pixel covers along each side (0 where it is not whole).
-    """
+    """Where the pixels of a network, `height` x `width`, lie in an image of `full_height` x `full_width`."""
 
     full_height: int
     full_width: int
@@ -31,7 +27,7 @@ class Grid:
 
     @property
     def factor(self) -> int:
-        """1, 2, 4 or 8 for a natural size, else 0."""
+        """Full-size pixels that a network pixel covers along each side: 1, 2, 4 or 8 for a natural size, else 0."""
         for k in (1, 2, 4, 8):
             spare_height, spare_width = self.height * k - self.full_height, self.width * k - self.full_width
             if 0 <= spare_height < STRIDE * k and 0 <= spare_width < STRIDE * k:
@@ -90,7 +86,8 @@ class Grid:
         column = np.minimum(x * k + k // 2 + same, self.full_width)
         positions = np.where(x == width - 1, y + 1, y) * self.full_width + np.where(x == width - 1, 0, column)
         ends = [np.zeros(int(signs[0]), int), positions, np.full(int(signs[-1]), self.full_height * self.full_width)]
-        return _without_pairs(np.concatenate(ends))
+        unique, times = np.unique(np.concatenate(ends), return_counts=True)
+        return unique[times % 2 == 1]  # a run of no pixel starts and ends at once
 
 
 def _row_signs(values: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -104,12 +101,6 @@ def _row_signs(values: np.ndarray, t: np.ndarray) -> np.ndarray:
     upper, lower = flat[differ, None], flat[differ + width, None]
     rows[first[:, None] + np.arange(k) * width] = upper * (1 - t) + lower * t > 0
     return rows.reshape(height * k, width)
-
-
-def _without_pairs(positions: np.ndarray) -> np.ndarray:
-    """Sorted positions that occur an odd number of times: a run of no pixel starts and ends at once."""
-    unique, times = np.unique(positions, return_counts=True)
-    return unique[times % 2 == 1]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -56,10 +56,7 @@ class ModelConfig:
 
 
 class SegmentationModel(nn.Module):
-    """A network with its normalisation: images in, logits out.
-
-    forward: (B, h, w, 3) uint8 RGB -> (B, h, w) logits. The images stay bytes until they are on the device.
-    """
+    """A network with its normalisation: images in, logits out. Images stay bytes until they are on the device."""
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -78,7 +75,7 @@ class SegmentationModel(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, h, w, 3) uint8 -> (B, h, w) logits."""
+        """(B, h, w, 3) uint8 RGB -> (B, h, w) logits."""
         return self.net(self.normalised(images)).squeeze(1)
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:

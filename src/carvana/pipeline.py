@@ -19,16 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from carvana.data.competition import Competition
 from carvana.errors import OutOfTimeError, UserError
-from carvana.files import (
-    fingerprint,
-    locked,
-    optional_path,
-    project_root,
-    resolve,
-    sha256,
-    stamp,
-    sweep,
-)
+from carvana.files import fingerprint, locked, optional_path, project_root, resolve, sha256, stamp, sweep
 from carvana.members import members_of
 from carvana.parallel import sharing, tame_allocator
 from carvana.preflight import check_inputs
@@ -202,11 +193,9 @@ def execute(notebook: str, output: Path, values: Values) -> float:
             stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except PapermillExecutionError as error:
-        kind = {kind.__name__: kind for kind in (UserError, OutOfTimeError)}.get(error.ename)
-        if kind:
+        if kind := {kind.__name__: kind for kind in (UserError, OutOfTimeError)}.get(error.ename):
             raise kind(error.evalue) from error
-        reason = f"{error.ename}: {error.evalue}"
-        raise UserError(f"{notebook} failed with {reason}. Its cells are in {output}.") from error
+        raise UserError(f"{notebook} failed with {error.ename}: {error.evalue}. Its cells are in {output}.") from error
     except DeadKernelError as error:
         reason = "its process was killed, most likely because memory ran out"
         raise UserError(f"{notebook}: {reason}. Lower batch_size or workers.") from error

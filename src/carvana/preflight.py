@@ -3,15 +3,14 @@
 from carvana.errors import UserError
 from carvana.files import resolve
 from carvana.members import members_of, shared_checkpoints, shared_folds
-from carvana.profiles import Values
+from carvana.profiles import FILES, Values
 from carvana.run import Run, member_paths
 
 
 def check_inputs(values: Values) -> None:
     """UserError for anything that only a late step reads and that is not there, or cannot be used, now."""
     run = Run(values["runs_dir"], values["run_name"])
-    needed = "exclude", "ensemble", "test_dir", "sample", "accelerate_config"
-    given = {name: resolve(values[name]) for name in needed if values[name]}
+    given = {name: resolve(values[name]) for name in FILES if values[name]}
     if values["init_from"]:
         given["init_from"] = Run(run.runs_dir, values["init_from"]).folds_path
     if values["pseudo_labels"]:
@@ -20,8 +19,7 @@ def check_inputs(values: Values) -> None:
         del given["ensemble"]  # which 04 writes
     for name, path in given.items():
         members = member_paths(path) if name == "ensemble" and path.exists() else []
-        lost = [file for file in (path, *members) if not file.exists()]
-        if lost:
+        if lost := [file for file in (path, *members) if not file.exists()]:
             raise UserError(f"{name} {path}: {lost[0]} does not exist. Correct it, or leave {name} empty.")
     if values["device"] not in ("auto", "cpu"):
         from carvana.device import check_device

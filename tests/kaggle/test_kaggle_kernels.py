@@ -99,7 +99,7 @@ def test_the_file_that_a_profile_names_is_packed(profile, tmp_path):
 def test_only_wheels_that_the_image_lacks_are_fetched(profile, tmp_path, monkeypatch):
     commands = []
     ended = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(kernels.subprocess, "run", lambda command, **_: commands.append(command) or ended)
+    monkeypatch.setattr(inside.subprocess, "run", lambda command, **_: commands.append(command) or ended)
     kernels.build(kernels.KernelPlan(profile, USER), tmp_path / "built")
     wanted = [word.partition(">")[0].partition("<")[0] for word in commands[0][-2:]]
     assert wanted == ["segmentation-models-pytorch", "simplejpeg"]

@@ -41,7 +41,6 @@ class DecodedSamples(Dataset[Item]):
         self.key = f"{height}x{width}-{fingerprint(images.stamp(names), masks, LAYOUT)}"
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self.samples)
 
     def __getitem__(self, i: int) -> Item:
@@ -91,7 +90,6 @@ class CachedSamples(Dataset[Item]):
             raise ValueError(f"{path} has {len(self.array)} items and {self.sums.shape} sums")
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self.array)
 
     def __getitem__(self, i: int) -> Item:

@@ -17,10 +17,11 @@ def make_folds(samples: pd.DataFrame, n_folds: int, holdout_cars: int, seed: int
     cars = samples.groupby("car").agg(area=("area", "mean"), views=("img", "size")).sort_values(["area", "views"])
     _check(len(cars), n_folds, holdout_cars)
     random = np.random.default_rng(seed)
-    held_out = _spread(len(cars), holdout_cars, random)
-    fold_of = dict.fromkeys(cars.index[held_out], HOLDOUT)
+    bounds = np.linspace(0, len(cars), holdout_cars + 1).astype(int)
+    held_out = cars.index[random.integers(bounds[:-1], bounds[1:])]  # one by chance in each slice of equal length
+    fold_of = dict.fromkeys(held_out, HOLDOUT)
     sizes = np.zeros(n_folds, dtype=int)
-    dealt = cars[~held_out]
+    dealt = cars.drop(held_out)
     for first in range(0, len(dealt), n_folds):
         group = dealt.iloc[first : first + n_folds]
         folds = random.permutation(n_folds)
@@ -40,11 +41,3 @@ def _check(n_cars: int, n_folds: int, holdout_cars: int) -> None:
             f"n_folds is {n_folds} and holdout_cars {holdout_cars}, but there are only {n_cars} cars. "
             "Lower them, each fold needs a car."
         )
-
-
-def _spread(n_cars: int, holdout_cars: int, random: np.random.Generator) -> np.ndarray:
-    """Mark one car by chance in each of `holdout_cars` slices of equal length, (n_cars,) bool."""
-    marked = np.zeros(n_cars, dtype=bool)
-    bounds = np.linspace(0, n_cars, holdout_cars + 1).astype(int)
-    marked[[random.integers(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]] = True
-    return marked

@@ -90,17 +90,10 @@ def downscaling_ceilings(samples: pd.DataFrame, seed: int, count: int = 48) -> p
     drawn = samples.sample(min(len(samples), count), random_state=seed)
     rows = []
     for factor in (2, 4, 8):
-        grids = [_natural_grid(sample, factor) for sample in drawn.itertuples()]
-        dices = [_ceiling(grid, mask_of(sample)) for grid, sample in zip(grids, drawn.itertuples(), strict=True)]
-        rows.append((f"1/{factor}", grids[-1].height, grids[-1].width, np.mean(dices)))
+        dices = []
+        for mask in map(mask_of, drawn.itertuples()):
+            grid = Grid(*mask.shape, *(-(-side // (STRIDE * factor)) * STRIDE for side in mask.shape))
+            back = grid.enlarge(grid.soft_target(mask).astype(np.float32)) > 127.5
+            dices.append(dice(pixel_counts(back, mask)))
+        rows.append((f"1/{factor}", grid.height, grid.width, np.mean(dices)))
     return pd.DataFrame(rows, columns=["fraction", "height", "width", "dice"])
-
-
-def _natural_grid(sample: Any, factor: int) -> Grid:
-    height, width = (-(-side // (STRIDE * factor)) * STRIDE for side in (sample.height, sample.width))
-    return Grid(sample.height, sample.width, height, width)
-
-
-def _ceiling(grid: Grid, mask: np.ndarray) -> float:
-    back = grid.enlarge(grid.soft_target(mask).astype(np.float32)) > 127.5
-    return float(dice(pixel_counts(back, mask)))

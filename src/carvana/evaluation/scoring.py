@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -100,9 +101,18 @@ class FoldScorer:
     ) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
         """A row of the table and the error map of an image."""
         true = mask_of(sample)
-        scores, predicted = self._score_image(variants, true)
+        logits = variants["dice"].enlarge(true.shape)
+        predicted, equal = logits > 0, (1 / len(self.runs),) * len(self.runs)
+        counts = metrics.pixel_counts(predicted, true)
         row = {"img": sample.img, "car": sample.car, "view": sample.view}
-        return row | scores | label_issue_pixels(least, most, true), error_map(predicted, true)
+        row |= {"dice": float(metrics.dice(counts)), "iou": float(metrics.iou(counts))}
+        row |= {"area": counts.true / true.size, "predicted_area": counts.predicted / true.size}
+        row |= metrics.error_anatomy(predicted, true)
+        for threshold in THRESHOLDS:
+            row[column(equal, threshold)] = _dice(logits > math.log(threshold / (1 - threshold)), true)
+        simpler = {name: blended for name, blended in variants.items() if name != "dice"}
+        row |= {name: _dice(blended.enlarge(true.shape) > 0, true) for name, blended in simpler.items()}
+        return row | label_issue_pixels(least, most, true), error_map(predicted, true)
 
     def _variants(self, logits: list[torch.Tensor]) -> dict[str, list[BlendedLogits]]:
         """A batch's blended logits by column: the ensemble, every simpler variant, every other weighting."""
@@ -121,32 +131,13 @@ class FoldScorer:
             variants[column(weights, 0.5)] = blend(logits, of_checkpoints)
         return variants
 
-    def _score_image(self, variants: dict[str, BlendedLogits], true: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-        """Scores of an image's blended logits, and the mask (H, W) bool of the whole ensemble."""
-        logits = variants["dice"].enlarge(true.shape)
-        predicted, equal = logits > 0, (1 / len(self.runs),) * len(self.runs)
-        counts = metrics.pixel_counts(predicted, true)
-        row: dict[str, Any] = {"dice": float(metrics.dice(counts)), "iou": float(metrics.iou(counts))}
-        row |= {"area": counts.true / true.size, "predicted_area": counts.predicted / true.size}
-        row |= metrics.error_anatomy(predicted, true)
-        for threshold in THRESHOLDS:
-            row[column(equal, threshold)] = _dice(logits > math.log(threshold / (1 - threshold)), true)
-        simpler = {name: blended for name, blended in variants.items() if name != "dice"}
-        row |= {name: _dice(blended.enlarge(true.shape) > 0, true) for name, blended in simpler.items()}
-        return row, predicted
-
 
 def _read_kept(path: Path, errors: Path) -> Evaluation | None:
     """Scores and error maps of an earlier call; None where they are missing, damaged or not as they were written."""
-    try:
-        with np.load(errors) as kept:
-            if str(kept["sha256"]) == sha256(path):
-                return Evaluation(
-                    read_csv(path, "img", "car", "view", "fold", "dice"),
-                    dict(zip(kept["views"].tolist(), kept["sums"], strict=True)),
-                )
-    except (*UNREADABLE, UserError, KeyError, ValueError):
-        pass
+    with suppress(*UNREADABLE, UserError, KeyError, ValueError), np.load(errors) as kept:
+        if str(kept["sha256"]) == sha256(path):
+            error_maps = dict(zip(kept["views"].tolist(), kept["sums"], strict=True))
+            return Evaluation(read_csv(path, "img", "car", "view", "fold", "dice"), error_maps)
     return None
 
 

@@ -27,7 +27,6 @@ class InferenceDataset(Dataset[Item]):
         self.images, self.names, self.sizes, self.skip_broken = images, names, sizes, skip_broken
 
     def __getitem__(self, i: int) -> Item:
-        """Decode image i once for every size."""
         by_size = {}
         try:
             for size in self.sizes:

@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -140,10 +139,6 @@ class Prediction:
         options = Options(**plan["options"] | {"processes": Processes(**plan["options"]["processes"])})
         return cls(spec, TestSet(images, plan["names"]), folder, options, plan["key"])
 
-    def has(self, shard: Shard) -> bool:
-        """Whether a shard need not be made."""
-        return shard.finished(self.key, self.options.skip_broken)
-
     @cached_property
     def shards(self) -> list[Shard]:
         """Consecutive slices of the images."""
@@ -161,15 +156,16 @@ def predict_run_lengths(
     before the last shard. Another process that predicts into the same folder is waited for, unless both are machines
     of one accelerate_config.
     """
-    prediction = Prediction.of(ensemble.spec, test, folder, options or Options())
-    processes = prediction.options.processes
-    with nullcontext() if processes.config else locked(folder / "prediction.lock", "the prediction"):
-        if processes.count > 1:
+    options = options or Options()
+    prediction = Prediction.of(ensemble.spec, test, folder, options)
+    with nullcontext() if options.processes.config else locked(folder / "prediction.lock", "the prediction"):
+        if options.processes.count > 1:
             prediction.write_plan()
-            launch("carvana.inference.predict", [folder], processes)
+            launch("carvana.inference.predict", [folder], options.processes)
         else:
             _work(prediction, ensemble)
-    tables = [shard.table() for shard in prediction.shards if prediction.has(shard)]
+    finished = [shard for shard in prediction.shards if shard.finished(prediction.key, options.skip_broken)]
+    tables = [shard.table() for shard in finished]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["img", "area", "unsure", "part"])
 
 
@@ -217,7 +213,7 @@ def _work(prediction: Prediction, ensemble: Ensemble) -> None:
     """Write the missing ones of this process's shards until max_hours are over; at least one is done."""
     options, rank = prediction.options, device.rank()
     dealt = prediction.shards[rank :: options.processes.count]
-    missing = [shard for shard in dealt if not prediction.has(shard)]
+    missing = [shard for shard in dealt if not shard.finished(prediction.key, options.skip_broken)]
     ends = time.monotonic() + options.max_hours * 3600 if options.max_hours else float("inf")
     n, left = (sum(len(shard.rows) for shard in shards) for shards in (dealt, missing))
     with progress(None, "predicting", total=n, initial=n - left, disable=rank > 0) as bar:
@@ -248,20 +244,16 @@ def _blended(
     prediction: Prediction, ensemble: Ensemble, row_batches: Iterable[list[int]], bar: tqdm
 ) -> Iterator[tuple[int, BlendedLogits, Size, float]]:  # fmt: skip
     """What `_encode` takes for each image; the network works on while threads encode what it gave before."""
-    options, test, spent, began = prediction.options, prediction.test, Counter[str](), time.monotonic()
+    options, test, spent, began = prediction.options, prediction.test, np.zeros(2), time.monotonic()
     dataset = InferenceDataset(test.images, test.names, ensemble.sizes, options.skip_broken)
     for batch in predict_batches(ensemble, dataset, row_batches, options.workers):
         blended = blend(batch.logits, ensemble.spec.weights)
         for row, logits, size in zip(batch.rows, blended, batch.full_sizes, strict=True):
             yield row, logits, size, ensemble.spec.logit_threshold
-        spent.update({"decode": batch.decode_seconds, "network": batch.network_seconds})
-        bar.set_postfix_str(_shares(spent, time.monotonic() - began), refresh=False)
-
-
-def _shares(spent: Counter[str], seconds: float) -> str:
-    """Where the time goes; what is neither decoding nor network is waiting for the encoder and the disk."""
-    shares = {name: spent[name] / seconds for name in ("decode", "network")}
-    return ", ".join(f"{name} {share:.0%}" for name, share in {**shares, "encode": 1 - sum(shares.values())}.items())
+        spent += batch.decode_seconds, batch.network_seconds
+        decode, network = spent / (time.monotonic() - began)
+        encode = 1 - (decode + network)  # waiting for the encoder and the disk
+        bar.set_postfix_str(f"decode {decode:.0%}, network {network:.0%}, encode {encode:.0%}", refresh=False)
 
 
 def _encode(row: int, logits: BlendedLogits, size: Size, logit_threshold: float) -> tuple[int, PredictedMask]:

@@ -22,13 +22,12 @@ def credentials_source() -> str:
 
     UserError where there are none, or where they cannot work.
     """
-    source = _token_source() or _key_source()
-    if not source:
-        raise UserError(
-            f"No Kaggle credentials. Create a token at {SETTINGS} and save it as ~/.kaggle/access_token, or a "
-            "legacy key as ~/.kaggle/kaggle.json, or give a data_dir that already holds the files."
-        )
-    return source
+    if source := _token_source() or _key_source():
+        return source
+    raise UserError(
+        f"No Kaggle credentials. Create a token at {SETTINGS} and save it as ~/.kaggle/access_token, or a "
+        "legacy key as ~/.kaggle/kaggle.json, or give a data_dir that already holds the files."
+    )
 
 
 def username() -> str:
@@ -39,7 +38,7 @@ def username() -> str:
     return name
 
 
-def _token_source() -> str | None:
+def _token_source() -> str:
     notebook = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
     if all(os.environ.get(name) for name in notebook) and Path(os.environ[notebook[-1]]).is_file():
         return "this Kaggle notebook"
@@ -50,7 +49,7 @@ def _token_source() -> str | None:
             if text := file.read_text(errors="replace").strip():
                 source, token = str(file), text
                 break
-    return _checked(token, source) and source
+    return _checked(token, source)
 
 
 def _key_source() -> str | None:
@@ -61,8 +60,7 @@ def _key_source() -> str | None:
     if name and stored.get("username", name) != name:
         raise UserError(f"KAGGLE_USERNAME is not the user of {path}. Set KAGGLE_KEY too, or unset KAGGLE_USERNAME.")
     if stored:
-        _checked(f"{stored['username']}{key or stored['key']}", str(path))
-        return str(path)
+        return _checked(f"{stored['username']}{key or stored['key']}", str(path))
     oauth = HOME.expanduser() / "credentials.json"
     return str(oauth) if os.path.isfile(oauth) else None  # noqa: PTH113 (no error without rights)
 
@@ -75,11 +73,10 @@ def _variable(name: str) -> str:
 
 
 def _checked(secret: str, source: str) -> str:
-    """The source; UserError where the secret could not be part of a request, whose error would show it."""
+    """The source, "" without a secret; UserError where it could not be part of a request, whose error would show it."""
     if secret and not re.fullmatch("[!-~]+", secret):
-        raise UserError(
-            f"{source}: a blank, a line break or a foreign character is inside. Copy it again from {SETTINGS}."
-        )
+        fault = "a blank, a line break or a foreign character is inside"
+        raise UserError(f"{source}: {fault}. Copy it again from {SETTINGS}.")
     return source if secret else ""
 
 

@@ -37,19 +37,19 @@ def install(suite: Path, dataset: Path) -> list[str]:
     if spoilt := [wanted for wanted in lacking if Requirement(wanted).name in imported]:
         reason = "another version is imported already, and replacing it would break this session"
         raise UserError(f"{', '.join(spoilt)}: {reason}. Choose another image (Settings, Environment).")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    command += ["--no-deps", "--find-links", str(dataset)]
-    if lacking:
-        ended = subprocess.run([*command, *lacking], capture_output=True, text=True, check=False)
-        if ended.returncode:
-            advice = "Build with the --python of Kaggle, or choose another image (Settings, Environment)."
-            raise UserError(f"{', '.join(lacking)} cannot be installed: {last_line(ended.stderr)}. {advice}")
+    if lacking and (said := pip("install", "--no-index", "--no-deps", "--find-links", str(dataset), *lacking)):
+        advice = "Build with the --python of Kaggle, or choose another image (Settings, Environment)."
+        raise UserError(f"{', '.join(lacking)} cannot be installed: {said}. {advice}")
     return lacking
 
 
-def last_line(text: str) -> str:
-    """What a program said at its end."""
-    return ([line for line in text.splitlines() if line.strip()] or ["it was killed"])[-1]
+def pip(*arguments: str) -> str:
+    """Run pip; returns what it said at its end where it failed, "" where it did its work."""
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not ended.returncode:
+        return ""
+    return ([line for line in ended.stderr.splitlines() if line.strip()] or ["it was killed"])[-1]
 
 
 def unfit_version(need: Requirement) -> str | None:

@@ -6,8 +6,6 @@ The kernel needs no internet: the package, wheels of what it lacks and encoder w
 import contextlib
 import re
 import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from carvana.errors import UserError
 from carvana.files import atomic, need_space, optional_path, project_root, read_json, write_json, write_text
 from carvana.kaggle.client import COMPETITION, LostAnswerError, call, once, remedy, sign_in, status_of, with_retries
 from carvana.kaggle.credentials import scrub
-from carvana.kaggle.inside import last_line, requirements
+from carvana.kaggle.inside import pip, requirements
 from carvana.kaggle.upload import Upload
 from carvana.profiles import load_profile, with_defaults
 
@@ -53,20 +51,18 @@ def build(plan: KernelPlan, folder: Path) -> Path:
 
     UserError where the profile could not run there.
     """
-    profile = with_defaults(load_profile(plan.profile))
+    user, profile = plan.user, with_defaults(load_profile(plan.profile))
     slug = re.sub(r"[^a-z0-9]+", "-", f"carvana {profile['run_name']}".lower())[:40].strip("-")  # as of the title
     title = slug.replace("-", " ")
-    if not re.fullmatch(r"[\w-]+", plan.user, re.ASCII):
-        raise UserError(
-            f"--user {plan.user!r} is no name on Kaggle. Take the one in the address of your profile there."
-        )
+    if not re.fullmatch(r"[\w-]+", user, re.ASCII):
+        raise UserError(f"--user {user!r} is no name on Kaggle. Take the one in the address of your profile there.")
     if (folder / "dataset").exists() and not (folder / "dataset" / "dataset-metadata.json").is_file():
         raise UserError(f"{folder / 'dataset'} was not made by `kernel build`, and stays. Choose another --folder.")
     need_space(folder)
     weights = _encoder_file(plan.weights, profile, folder)
     shutil.rmtree(folder / "dataset", ignore_errors=True)
     (folder / "kernel" / NOTE).unlink(missing_ok=True)
-    described = {"id": f"{plan.user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
+    described = {"id": f"{user}/{slug}-suite", "title": f"{title} suite", "licenses": [{"name": "other"}]}
     write_json(folder / "dataset" / "dataset-metadata.json", described)  # first: tells that the folder is ours
     _write_suite(folder / "dataset" / "suite.zip", plan.profile)
     if weights:
@@ -74,7 +70,7 @@ def build(plan: KernelPlan, folder: Path) -> Path:
     if plan.wheels:
         _fetch_wheels(folder / "dataset", plan.python)
     write_text(folder / "kernel" / "carvana.ipynb", (resources.files("carvana.kaggle") / "kernel.ipynb").read_text())
-    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(plan.user, slug, title))
+    write_json(folder / "kernel" / "kernel-metadata.json", _kernel(user, slug, title))
     return folder
 
 
@@ -119,13 +115,10 @@ def _write_suite(path: Path, profile: Path) -> None:
 def _fetch_wheels(folder: Path, python: str) -> None:
     wanted = requirements(project_root() / "requirements.txt")
     wheels = [str(requirement) for requirement in wanted if requirement.name in LACKING]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--python-version", python, "--dest", str(folder)]
-    for platform in PLATFORMS:
-        command += ["--platform", platform]
-    ended = subprocess.run([*command, *wheels], capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise UserError(f"wheels for Python {python} could not be fetched: {last_line(ended.stderr)}")
+    options = ["--no-deps", "--only-binary", ":all:", "--python-version", python, "--dest", str(folder)]
+    options += [f"--platform={platform}" for platform in PLATFORMS]
+    if said := pip("download", *options, *wheels):
+        raise UserError(f"wheels for Python {python} could not be fetched: {said}")
 
 
 def push(folder: str | Path, resume: bool = False) -> str:
@@ -149,10 +142,9 @@ def push(folder: str | Path, resume: bool = False) -> str:
     refused += [answer.error] if answer.error else []
     if refused:
         said = scrub("; ".join(refused))
-        runs = (
-            "" if answer.error or not answer.version_number else f" It runs without: stop it at {CODE}/{kernel['id']}."
-        )
-        raise UserError(f"{path}: Kaggle refused it: {said}.{runs} {remedy(said, 'Fix the file and push again.')}")
+        runs = answer.version_number and not answer.error
+        stop = f" It runs without: stop it at {CODE}/{kernel['id']}." if runs else ""
+        raise UserError(f"{path}: Kaggle refused it: {said}.{stop} {remedy(said, 'Fix the file and push again.')}")
     session = f"{kernel['id']}/{answer.version_number}" if answer.version_number else kernel["id"]
     note_session(folder, session)
     return session
@@ -182,10 +174,9 @@ def _push_dataset(api: Any, folder: Path) -> None:
     ref, (owner, slug) = described["id"], described["id"].split("/")
     dataset = {"ownerSlug": owner, "datasetSlug": slug}
     exists = _state(api, "datasets", "GetDatasetStatus", dataset) is not None
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
-    uploads = [Upload(path) for path in paths]
-    begin = [(api, "blobs", "StartBlobUpload", {"type": "DATASET", "name": path.name}) for path in paths]
-    files = [{"token": upload.send(*asked)} for upload, asked in zip(uploads, begin, strict=True)]
+    uploads = [Upload(path) for path in sorted(folder.iterdir()) if path.suffix != ".json" and path.name[0] != "."]
+    begin = api, "blobs", "StartBlobUpload"
+    files = [{"token": upload.send(*begin, {"type": "DATASET", "name": upload.path.name})} for upload in uploads]
     if exists:
         body = {"versionNotes": "carvana kernel push", "files": files}
         answer = _once(ref, MAY_BE_THERE, call, api, "datasets", "CreateDatasetVersion", dataset | {"body": body})

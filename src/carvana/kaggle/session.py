@@ -47,8 +47,7 @@ def push_and_wait(folder: Path, resume: bool, runs_dir: Path) -> None:
     print(f"{kernel}: {len(names)} files have come into {resolve(runs_dir)}")
     if state != "COMPLETE":
         raise UserError(f"{kernel} ended as {state} on Kaggle. Fix what the log says, then push again with --resume.")
-    files = [resolve(runs_dir) / name for name in names if name.endswith(".csv.gz")]
-    if files:
+    if files := [resolve(runs_dir) / name for name in names if name.endswith(".csv.gz")]:
         print(f'Next: carvana submit {shlex.quote(str(files[0]))} -m "MESSAGE" --sample SAMPLE_SUBMISSION')
     else:
         print(f"No submission yet. Next: carvana kernel push {shlex.quote(str(folder))} --resume --wait")
@@ -70,11 +69,9 @@ def _follow(kernel: str, started: float) -> str:
             with contextlib.suppress(UserError):
                 api = sign_in()  # a token may have expired
             state, log = f"no look ({error})", []
-        hours = (time.time() - started) / 3600
         if state != shown or log[seen:]:
-            print(
-                f"{kernel}: {state}, {hours:.1f} hours of {HOURS} at most", *log[seen:][-TAIL:], sep="\n  ", flush=True
-            )
+            spent = f"{(time.time() - started) / 3600:.1f} hours of {HOURS} at most"
+            print(f"{kernel}: {state}, {spent}", *log[seen:][-TAIL:], sep="\n  ", flush=True)
         shown, seen = state, max(seen, len(log))
         if state in ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"):
             return state

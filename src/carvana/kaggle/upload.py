@@ -23,7 +23,7 @@ class Upload:
 
     def __init__(self, path: Path):
         self.path, self.note = path, path.with_name(f".{path.name}.upload")
-        self.stamp = [list(entry) for entry in stamp(path)]
+        self.stamp = stamp(path)
         note = read_json(self.note) if self.note.exists() else {}
         self.cut, self.arrived = note.get("stamp") == self.stamp, 0  # cut: the storage may have a part of it
         self.facts: dict[str, Any] = note if self.cut else {"stamp": self.stamp}
@@ -37,8 +37,7 @@ class Upload:
         with progress(None, "uploading", "B", total=size, unit_scale=True) as bar:  # here, where stderr is seen
             for again in (False, True):
                 if "token" not in self.facts:
-                    begin = area, method, fields | {"contentLength": size}
-                    answer = with_retries(what, call, api, *begin)
+                    answer = with_retries(what, call, api, area, method, fields | {"contentLength": size})
                     self.facts |= {"token": answer.get("token", ""), "address": answer.get("createUrl", "")}
                     self.save()
                 if with_retries(what, self._put, size, bar, grown=lambda: self.arrived):
@@ -60,7 +59,7 @@ class Upload:
 
     def _put(self, size: int, bar: tqdm) -> bool:
         """One try from where the storage has it; False where it does not say where that is."""
-        if [list(entry) for entry in stamp(self.path)] != self.stamp:
+        if stamp(self.path) != self.stamp:
             self.done()
             raise UserError(f"{self.path} was replaced while it was uploaded. Start again.")
         if self.cut:
@@ -68,16 +67,13 @@ class Upload:
             if where is None:
                 return False
             self.arrived = where
-        self.cut = True
-        first, headers = self.arrived, {}
+        self.cut, first = True, self.arrived
+        bar.update(first - bar.n)
         if first == size:
-            bar.update(first - bar.n)
             return True
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+        headers = {"Content-Range": f"bytes {first}-{size - 1}/{size}"} if first else {}
         with self.path.open("rb") as file:
             file.seek(first)
-            bar.update(first - bar.n)
             response = requests.put(self.facts["address"], data=CallbackIOWrapper(bar.update, file), headers=headers)
         return self._taken(response)
 

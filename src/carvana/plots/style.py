@@ -79,14 +79,11 @@ def fold_colour(fold: int) -> str:
     return HOLDOUT_COLOUR if fold == HOLDOUT else FOLD_COLOURS[fold % len(FOLD_COLOURS)]
 
 
-def panels(count: int, columns: int, aspect: float, **inches: float) -> tuple[Page, list[Axes]]:
-    """Panels for images of height / width = `aspect`.
-
-    inches: `line` for the title of each panel (0.25), `foot` below all (0).
-    """
+def panels(count: int, columns: int, aspect: float, line: float = 0.25, foot: float = 0) -> tuple[Page, list[Axes]]:
+    """Panels for images of height / width = `aspect`; line, foot: inches for the title of each, and below all."""
     columns = max(1, min(columns, count))
     rows, width = -(-count // columns), min(PAGE_WIDTH / columns, 3.2)
-    height = rows * (width * aspect + inches.get("line", 0.25)) + 0.35 + inches.get("foot", 0)
+    height = rows * (width * aspect + line) + 0.35 + foot
     figure = Page(figsize=(PAGE_WIDTH, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:

@@ -64,13 +64,8 @@ class LiveDisplay(io.TextIOBase):
     def renew(self) -> None:
         """Show what is new, in the trackers and, unless that was done a moment ago, in the figures."""
         log_epochs(self.trainer, self.tracking)
-        if get_ipython() is not None:
-            self.draw()
-
-    def draw(self) -> None:
-        """Renew the figures, unless that was done a moment ago."""
-        began = time.monotonic()
-        if began < self.pause_until or str(self.trainer.fold) not in self.trainer.run.histories():
+        began, fold = time.monotonic(), str(self.trainer.fold)
+        if get_ipython() is None or began < self.pause_until or fold not in self.trainer.run.histories():
             return
         self._show("curves", training_curves(self.trainer))
         self._show("strip", edge_strip(self.trainer))

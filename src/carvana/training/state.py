@@ -76,11 +76,6 @@ class TrainState:
         return self.ema.module if self.ema else self.accelerator.unwrap_model(self.model)
 
     @property
-    def finished(self) -> bool:
-        """Whether every step has been done."""
-        return self.step == self.total_steps
-
-    @property
     def lr(self) -> float:
         """Learning rate of the next step; a plateau of two validations halves it."""
         share = learning_rate(self.recipe.schedule, self.step / self.total_steps, self.recipe.warmup)

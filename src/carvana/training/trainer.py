@@ -108,7 +108,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether every step has been done."""
-        return self.state.finished
+        return self.state.step == self.state.total_steps
 
     @property
     def history(self) -> pd.DataFrame:
