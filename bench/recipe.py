@@ -175,7 +175,15 @@ def section(folder: Path) -> str:
 Costs measured on: {costs["machine"]}. Trained on: {"; ".join(machines)}.
 
 {chr(10).join(table(arms))}
-"""
+{unfair(arms, costs["seconds"], int(steps))}"""
+
+
+def unfair(arms: dict[str, dict[int, dict]], seconds: dict[str, float], steps: int) -> str:
+    """Which arms were trained for an earlier measure of their costs, and the steps that today's would give them."""
+    trained = [name for name, of_arm in arms.items() if of_arm and name in seconds]
+    fair = {name: round(steps * seconds["base"] / seconds[name]) for name in trained}
+    told = [f"{name} ({n})" for name, n in fair.items() if next(iter(arms[name].values()))["steps"] != n]
+    return f"\nBy costs that were measured later, fair steps would be: {', '.join(told)}.\n" if told else ""
 
 
 def table(arms: dict[str, dict[int, dict]]) -> list[str]:

@@ -46,8 +46,9 @@ RECIPE = {
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes longest first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """The files that take longest first, so that no worker is left alone with one of them at the end."""
+    longest = ["test_notebooks.py", "test_training.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def recipe(**changes):

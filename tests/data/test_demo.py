@@ -89,6 +89,7 @@ def test_images_have_the_real_size(small):
     assert {Image.open(path).size for path in paths} == {(1918, 1280)}
 
 
+@pytest.mark.slow
 def test_both_folds_of_the_demo_learn_from_every_paint():
     cars = [demo.Car(np.random.default_rng((1, 0, number)), number) for number in range(12)]
     views = [demo.Scene(car, view * 2 * np.pi / 16 + car.turn) for car in cars for view in (1, 8)]

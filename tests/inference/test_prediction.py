@@ -190,6 +190,7 @@ def test_with_skip_broken_an_image_that_cannot_be_decoded_is_told_from_an_empty_
         predicted(equal(members[:1]), tests, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_shards_of_one(members, tests, tmp_path):
     ensemble = equal(members, ["none", "hflip"])
     threads = torch.get_num_threads()
