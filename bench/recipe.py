@@ -147,7 +147,7 @@ seeds. The cost of a step is relative to `base`, measured side by side in one ru
 Command: `.venv/bin/python bench/recipe.py --data FOLDER --encoder-weights FILE --size N --steps N ARM ...`.
 
 {chr(10).join(map(section, folders))}
-So short a training sees each of its 800 images one to three times. What only a long one can repay, such as more
+So short a training sees each of its 800 images one to six times. What only a long one can repay, such as more
 augmentation, is at a disadvantage here.
 
 Post-processing is left out because it does nothing here: on 240 images of 15 unseen cars at 1918x1280, with masks of
