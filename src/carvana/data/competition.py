@@ -150,11 +150,12 @@ class Competition:
             raise UserError(f"data_dir {self.folder} does not exist. Run 01_download, or give the folder of the data.")
         path, packed = self._path(name), self.folder / f"{name}.zip"
         if not path:
-            folder = shlex.quote(str(self.folder))
-            advice = f"Fetch Carvana's: carvana download --data-dir {folder} --files {packed.name}"
-            advice = f"{advice}; for images of your own give test_dir." if name.startswith("test") else f"{advice}."
             if not self.has_train_images or (self.folder / "demo.json").exists():
                 advice = "Run 01_download, as with the profile that made it."
+            else:
+                own = "; for images of your own give test_dir" if name.startswith("test") else ""
+                command = f"carvana download --data-dir {shlex.quote(str(self.folder))} --files {packed.name}"
+                advice = f"Fetch Carvana's: {command}{own}."
             raise UserError(f"data_dir {self.folder} holds neither {name}/ nor {packed.name}. {advice}")
         files, whole = Archive(path, suffix), {}
         if path != packed and packed.exists():
